@@ -1,0 +1,80 @@
+"""The DataModule: finds or makes the shards of a source and streams batches from them."""
+
+from typing import Literal
+
+import lightning as L
+
+from msae.data.batches import TrainBatches, ValBatches
+from msae.data.harvest import harvest
+from msae.data.shards import Shards
+from msae.data.source import Source
+
+
+class ActivationData(L.LightningDataModule):
+    """Batches [batch_tokens, d_in] of the activations of `source` at `hook_name` (its first hook unless given).
+
+    `exhausted` says what happens when the training budget is longer than the data: `repeat` reads the rows again in
+    another order, `stop` ends training after one epoch. `batch_tokens` is per device. `max_disk_gb` caps the harvest.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_tokens: int = 4096,
+        root: str = "shards",
+        hook_name: str | None = None,
+        seed: int = 0,
+        exhausted: Literal["repeat", "stop"] = "repeat",
+        max_disk_gb: float | None = 100.0,
+        val_rows: int | None = None,
+        prefetch: int = 4,
+    ) -> None:
+        super().__init__()
+        if batch_tokens <= 0:
+            raise ValueError(f"data.batch_tokens={batch_tokens} must be positive")
+        if hook_name is not None and hook_name not in source.hook_names:
+            raise ValueError(f"data.hook_name={hook_name} is not among the harvested {list(source.hook_names)}")
+        self.source, self.batch_tokens, self.root, self.seed = source, batch_tokens, root, seed
+        self.hook_name = hook_name or source.hook_names[0]
+        self.exhausted, self.max_disk_gb, self.val_rows, self.prefetch = (
+            exhausted,
+            max_disk_gb,
+            val_rows,
+            prefetch,
+        )
+        self._shards: Shards | None = None
+
+    @property
+    def shards(self) -> Shards:
+        """The open shards; the first call harvests them unless they are there."""
+        if self._shards is None:
+            self._shards = harvest(self.source, self.root, self.max_disk_gb)[self.hook_name]
+        return self._shards
+
+    def steps(self, tokens: int, world: int = 1, accumulate: int = 1) -> int:
+        """Optimizer steps for a token budget: ceil(tokens / (batch_tokens · world · accumulate)), or one epoch."""
+        per_step = self.batch_tokens * world * accumulate
+        wanted = -(-tokens // per_step)
+        if self.exhausted == "stop":
+            wanted = min(wanted, sum(self.shards.rows("train")) // per_step)
+        return wanted
+
+    def train_dataloader(self) -> TrainBatches:
+        trainer = self.trainer
+        assert trainer is not None
+        assert trainer.max_steps > 0, "training needs trainer.max_steps (see train.py)"
+        length = trainer.max_steps * trainer.accumulate_grad_batches
+        return TrainBatches(
+            self.shards,
+            self.batch_tokens,
+            length,
+            self.seed,
+            trainer.global_rank,
+            trainer.world_size,
+            self.prefetch,
+        )
+
+    def val_dataloader(self) -> ValBatches:
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        return ValBatches(self.shards, self.batch_tokens, rank, world, stop=self.val_rows)

@@ -1,0 +1,211 @@
+"""From a source to shard directories: resumable, one writer at a time, bytes the same however often it was killed."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
+from torch import Tensor
+
+from msae.data.shards import (
+    FORMAT,
+    MANIFEST,
+    TRUTH,
+    VERSION,
+    Shards,
+    identity_hash,
+    read_manifest,
+    shard_name,
+    write_atomically,
+    write_json,
+    write_shard,
+)
+from msae.data.source import Chunk, Source
+from msae.progress import progress
+
+GB = 1e9
+
+
+def directory_of(source: Source, hook_name: str, root: str | Path) -> Path:
+    """Where this hook's shards are or will be: the same identity, the same directory."""
+    return Path(root) / f"{source.name}-{hook_name}-{identity_hash(source.identity(hook_name))}"
+
+
+def harvest(source: Source, root: str | Path, max_disk_gb: float | None = None, show: bool = True) -> dict[str, Shards]:
+    """Find or make the shards of every hook of the source, in one pass over it, and open them.
+
+    A directory that is whole is used as it is. One that is not is completed from the first missing chunk. Prints the
+    disk need first. Raises ValueError in one line when that exceeds `max_disk_gb` or the free space.
+    """
+    directories = {hook: directory_of(source, hook, root) for hook in source.hook_names}
+    missing = {hook: d for hook, d in directories.items() if not is_whole(d)}
+    if missing:
+        print_disk_need(source, missing, Path(root), max_disk_gb, show)
+        with locked(list(missing.values())):
+            missing = {hook: d for hook, d in missing.items() if not is_whole(d)}  # another process may have made it
+            if missing:
+                write_chunks(source, missing, show)
+    return {hook: Shards(directory) for hook, directory in directories.items()}
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether there is a manifest and every shard in it has its size. Raises ValueError if the manifest is corrupt."""
+    if not (directory / MANIFEST).exists():
+        return False
+    return all(shard_is_there(directory, entry) for entry in read_manifest(directory)["shards"])
+
+
+def shard_is_there(directory: Path, entry: dict[str, Any]) -> bool:
+    path = directory / shard_name(entry["split"], entry["number"])
+    return path.exists() and path.stat().st_size == entry["bytes"]
+
+
+def print_disk_need(
+    source: Source, missing: dict[str, Path], root: Path, max_disk_gb: float | None, show: bool
+) -> None:
+    """Say how much the harvest will write, and refuse what does not fit."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for directory in missing.values():
+            directory.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {root} ({error}); choose another directory with data.root=…") from None
+    rows = source.expected_rows()
+    need = sum(rows * source.bytes_per_row(hook) for hook in missing) / GB
+    there = sum(f.stat().st_size for d in missing.values() for f in d.glob("*.safetensors")) / GB
+    free = shutil.disk_usage(root).free / GB
+    if show:
+        found = f", {there:.2f} GB of it there" if there else ""
+        for directory in missing.values():
+            print(f"harvest: up to {rows:,} rows into {directory}", file=sys.stderr)
+        print(f"harvest: up to {need:.2f} GB of disk{found}; {free:.1f} GB free", file=sys.stderr)
+    if max_disk_gb is not None and need > max_disk_gb:
+        raise ValueError(
+            f"the harvest needs {need:.2f} GB, data.max_disk_gb allows {max_disk_gb:g}; "
+            f"raise it or lower the source's rows (data.source.tokens={int(rows * max_disk_gb / need)})"
+        )
+    if need - there > free:
+        raise ValueError(
+            f"the harvest needs {need - there:.2f} GB more, {root} has {free:.2f} GB free; "
+            "choose another disk with data.root=… or fewer data.source.tokens"
+        )
+
+
+@contextmanager
+def locked(directories: list[Path]) -> Iterator[None]:
+    """Hold the directories' locks, waiting for another harvester; a killed one lets go of its lock by itself."""
+    with ExitStack() as stack:
+        for directory in sorted(directories):
+            lock = FileLock(directory / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                print(f"harvest: waiting for another process that is writing {directory}", file=sys.stderr)
+                lock.acquire()
+            stack.callback(lock.release)
+        yield
+
+
+def write_chunks(source: Source, directories: dict[str, Path], show: bool) -> None:
+    """Write what is missing, chunk by chunk, then truth and manifest."""
+    for directory in directories.values():
+        for stale in directory.glob("*.tmp"):
+            stale.unlink()
+    records: dict[str, list[dict[str, Any]]] = {hook: [] for hook in directories}
+    state: dict[str, Any] | None = None
+    chunks: Iterator[Chunk] | None = None
+    with progress(source.expected_rows(), f"harvest {source.name}", disable=not show) as bar:
+        for number in range(10**9):
+            found = {hook: read_record(d, number) for hook, d in directories.items()}
+            if all(found.values()):
+                chunks = None  # the chunks that are there are skipped, the source goes on after them
+            else:
+                chunks = source.chunks(state) if chunks is None else chunks
+                chunk = next(chunks, None)
+                if chunk is None:
+                    break
+                for hook, directory in directories.items():
+                    found[hook] = found[hook] or write_chunk(directory, number, hook, chunk)
+            record = next(iter(found.values()))
+            assert record is not None
+            state = record["state"]
+            bar.update(sum(entry["rows"] for entry in record["shards"]))
+            for hook in directories:
+                records[hook].append(found[hook])  # type: ignore[arg-type]
+    truth = source.truth()
+    for hook, directory in directories.items():
+        if truth is not None:
+            write_atomically(directory / TRUTH, lambda p: save_file(truth, p))
+        write_json(directory / MANIFEST, make_manifest(source, hook, records[hook]))
+
+
+def write_chunk(directory: Path, number: int, hook_name: str, chunk: Chunk) -> dict[str, Any]:
+    """Write one chunk's shards, then its record: a chunk without a record does not count."""
+    record: dict[str, Any] = {"shards": [], "state": chunk.state, "sum": None, "sum_square": 0.0}
+    for split, rows in chunk.splits.items():
+        activations = rows.activations[hook_name]
+        record["dtype"], record["d_in"] = str(activations.dtype).removeprefix("torch."), activations.shape[1]
+        record["shards"].append(write_shard(directory, split, number, {"activations": activations, **rows.index}))
+        if split == "train":
+            total, square = sums(activations)
+            record["sum"], record["sum_square"] = total.tolist(), square
+    write_json(directory / record_name(number), record)
+    return record
+
+
+def record_name(number: int) -> str:
+    return f"chunk-{number:05d}.json"
+
+
+def read_record(directory: Path, number: int) -> dict[str, Any] | None:
+    """A chunk's record, or None unless the chunk is there as a whole."""
+    try:
+        record = json.loads((directory / record_name(number)).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return record if all(shard_is_there(directory, entry) for entry in record["shards"]) else None
+
+
+def sums(activations: Tensor, rows: int = 8192) -> tuple[Tensor, float]:
+    """Σ x [d_in] and Σ‖x‖² in float64, in blocks that stay small."""
+    total = activations.new_zeros(activations.shape[1]).double()
+    square = 0.0
+    for block in activations.split(rows):
+        exact = block.double()
+        total += exact.sum(0)
+        square += float(exact.square().sum())
+    return total, square
+
+
+def make_manifest(source: Source, hook_name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest that the chunks' records add up to. Raises ValueError if there is no training row."""
+    shards = [entry for record in records for entry in record["shards"]]
+    rows = sum(entry["rows"] for entry in shards if entry["split"] == "train")
+    if rows == 0:
+        raise ValueError(
+            f"the source {source.name} gave no training rows; give it more text or raise data.source.tokens"
+        )
+    with_rows = [record for record in records if record["sum"] is not None]
+    mean = [sum(column) / rows for column in zip(*(record["sum"] for record in with_rows), strict=True)]
+    identity = source.identity(hook_name)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "identity_hash": identity_hash(identity),
+        "identity": identity,
+        "provenance": source.provenance(),
+        "hook_name": hook_name,
+        "dtype": records[0]["dtype"],
+        "d_in": records[0]["d_in"],
+        "statistics": {
+            "rows": rows,
+            "mean": mean,
+            "mean_square": sum(record["sum_square"] for record in records) / rows,
+        },
+        "shards": shards,
+    }

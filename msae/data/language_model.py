@@ -1,0 +1,499 @@
+"""Activations of a language model on text: transformer_lens runs it, here rows are masked, cast, shuffled."""
+
+import difflib
+import importlib.metadata
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msae.data.seeds import stream
+from msae.data.source import Chunk, Split
+from msae.data.text import (
+    TokenChunk,
+    content_hash,
+    documents,
+    hub_reachable,
+    keep_mask,
+    looks_local,
+    special_ids,
+    text_identity,
+    token_chunks,
+)
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SETTINGS = ["context", "prepend_bos", "dtype", "model_dtype", "compatibility_mode", "text_field", "seed"]
+SETTINGS += ["tokens", "val_fraction", "val_tokens", "chunk_tokens", "model_batch"]
+WEIGHTS = ("*.safetensors", "*.bin", "config.json")
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json")
+PROBE_TOKENS = (
+    7  # few, and no usual number of heads, so that [batch, head, ...] is not taken for [batch, pos, ...]
+)
+
+
+class LanguageModelSource:
+    """Rows of `hook_names` of one language model, all in one pass over a text and so aligned row by row.
+
+    `model` and `tokenizer` are hub names or directories made by save_pretrained; `text*` are as in
+    `msae.data.text.documents`. Documents are packed into sequences of `context` tokens, and attention reaches
+    across the documents in a sequence. Rows at special tokens (BOS too) are dropped. Train has `tokens` rows,
+    fewer if the text ends; val has at most `val_tokens`, from a `val_fraction` of the documents. Rows are
+    stored as `dtype` and computed in `model_dtype`, `model_batch` sequences a forward. A chunk is
+    `chunk_tokens` tokens of train sequences; rows are shuffled within it. `compatibility_mode` folds
+    LayerNorm and centres the weights as the first TransformerLens did; without it activations are those of
+    transformers. Raises ValueError for impossible settings; the model, hooks and text are looked at only when
+    they are needed.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        hook_names: list[str],
+        text: str,
+        tokens: int,
+        text_split: str = "train",
+        text_field: str = "text",
+        text_config: str | None = None,
+        context: int = 128,
+        val_fraction: float = 0.05,
+        val_tokens: int = 500_000,
+        prepend_bos: bool = True,
+        dtype: str = "float16",
+        model_dtype: str = "float32",
+        chunk_tokens: int = 262_144,
+        model_batch: int = 16,
+        seed: int = 0,
+        device: str = "auto",
+        tokenizer: str | None = None,
+        revision: str | None = None,
+        compatibility_mode: bool = False,
+    ) -> None:
+        for key, name in {"dtype": dtype, "model_dtype": model_dtype}.items():
+            torch_dtype(name, f"data.source.{key}")
+        for key, number in (("tokens", tokens), ("model_batch", model_batch), ("chunk_tokens", chunk_tokens)):
+            if number < 1:
+                raise ValueError(f"data.source.{key}={number} must be positive")
+        if context < 1 + prepend_bos:
+            raise ValueError(f"data.source.context={context} has no room for text; set it to 2 or more")
+        if not 0 <= val_fraction < 1 or val_tokens < 0:
+            raise ValueError(
+                f"data.source.val_fraction={val_fraction} is outside [0, 1), or val_tokens={val_tokens} negative"
+            )
+        self.hook_names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
+        if not self.hook_names or len(set(self.hook_names)) < len(self.hook_names):
+            raise ValueError(f"data.source.hook_names={self.hook_names} must be one or more, each once")
+        self.model, self.tokenizer, self.revision = model, tokenizer, revision
+        self.text, self.text_split, self.text_field, self.text_config = (
+            text,
+            text_split,
+            text_field,
+            text_config,
+        )
+        self.context, self.tokens, self.prepend_bos, self.seed = context, tokens, prepend_bos, seed
+        self.val_fraction, self.val_tokens = val_fraction, val_tokens
+        self.dtype, self.model_dtype, self.compatibility_mode = dtype, model_dtype, compatibility_mode
+        self.chunk_tokens, self.model_batch, self.device = chunk_tokens, model_batch, device
+        self._files: dict[str, Any] | None = None  # what is expensive to find, once found
+        self._widths: dict[str, int] | None = None
+        self._bridge: Any = None
+
+    @property
+    def name(self) -> str:
+        """The last part of the model's path or name, fit for a directory's name."""
+        return (
+            re.sub(r"[^A-Za-z0-9_.]+", "-", Path(self.model).expanduser().resolve().name).strip("-.").lower()
+        )
+
+    def identity(self, hook_name: str) -> dict[str, Any]:
+        """What decides the shards' bytes, from the files alone. Raises ValueError if they are not there."""
+        if self._files is None:
+            tokenizer = self.tokenizer or self.model
+            revision = None if self.tokenizer else self.revision
+            self._files = {
+                "model": model_identity(self.model, self.revision, WEIGHTS),
+                "tokenizer": model_identity(tokenizer, revision, TOKENIZER),
+                "text": text_identity(self.text, split=self.text_split, config=self.text_config),
+                "dropped_ids": special_ids(load_tokenizer(tokenizer, revision)),
+            }
+        settings = {key: getattr(self, key) for key in SETTINGS}
+        return {"source": "language_model", "hook_name": hook_name, **self._files, **settings}
+
+    def provenance(self) -> dict[str, Any]:
+        """Paths as they were given, the device, and the versions of what computed the rows."""
+        libraries = ("torch", "transformer_lens", "transformers", "datasets")
+        given = {
+            k: getattr(self, k)
+            for k in ("model", "tokenizer", "revision", "text", "text_split", "text_config")
+        }
+        versions = {name: importlib.metadata.version(name) for name in libraries}
+        return {**given, "device": str(pick_device(self.device)), "versions": versions}
+
+    def expected_rows(self) -> int:
+        """The most rows there can be, train and val."""
+        return self.tokens + (self.val_tokens if self.val_fraction else 0)
+
+    def d_in(self, hook_name: str) -> int:
+        """The width of a row, found by running the model on a few tokens. Raises as `chunks` does."""
+        if self._widths is None:
+            self._load()
+        assert self._widths is not None
+        return self._widths[hook_name]
+
+    def bytes_per_row(self, hook_name: str) -> int:
+        """The row itself, and int32 sequence, position and token."""
+        return self.d_in(hook_name) * DTYPES[self.dtype].itemsize + 3 * 4
+
+    def truth(self) -> dict[str, Tensor] | None:
+        """None: what features a language model has, nobody knows."""
+        return None
+
+    def chunks(self, state: dict[str, Any] | None) -> Iterator[Chunk]:
+        """Chunks from the start or after `state`; each holds the same bytes either way.
+
+        Raises ValueError in one line for a model, tokenizer, hook or text that cannot be had or do not fit
+        together, for rows that are not finite in the storage dtype, and for a chunk without one token to
+        keep.
+        """
+        bridge, tokenizer = self._load()
+        done = state or {}
+        pass_over_text = token_chunks(
+            self._open_documents,
+            tokenizer,
+            context=self.context,
+            tokens=self.tokens,
+            chunk_sequences=max(1, self.chunk_tokens // self.context),
+            val_fraction=self.val_fraction,
+            val_tokens=self.val_tokens,
+            prepend_bos=self.prepend_bos,
+            seed=self.seed,
+            state=state,
+        )
+        special = special_ids(tokenizer)
+        try:
+            for number, chunk in enumerate(pass_over_text, start=done.get("chunk", 0)):
+                splits = self._harvest(bridge, chunk, special, done, number)
+                done = {**chunk.state, "chunk": number + 1}
+                yield Chunk(splits, done)
+        finally:
+            self._bridge = None  # training follows in the same process and wants the memory
+
+    def _open_documents(self, skip: int) -> Iterator[str]:
+        how = {"split": self.text_split, "field": self.text_field, "config": self.text_config}
+        revision = self.identity(self.hook_names[0])["text"].get("revision")
+        return documents(self.text, **how, revision=revision, skip=skip)  # type: ignore[arg-type]
+
+    def _load(self) -> tuple[Any, Any]:
+        """The model and its tokenizer, checked against each other and against the settings, loaded once."""
+        if self._bridge is None:
+            bridge = load_bridge(
+                self.model,
+                device=self.device,
+                dtype=self.model_dtype,
+                compatibility_mode=self.compatibility_mode,
+                revision=self.revision,
+                tokenizer=self.tokenizer,
+            )
+            if self.context > bridge.cfg.n_ctx:
+                raise ValueError(
+                    f"data.source.context={self.context} is longer than the model's {bridge.cfg.n_ctx}; "
+                    f"set data.source.context={bridge.cfg.n_ctx} or less"
+                )
+            self._widths = hook_widths(bridge, self.hook_names)
+            self._bridge = bridge
+        return self._bridge, self._bridge.tokenizer
+
+    def _harvest(
+        self, bridge: Any, chunk: TokenChunk, special: list[int], done: dict[str, Any], number: int
+    ) -> dict[str, Split]:
+        """The chunk's splits; the state `done` before it tells how many rows are still wanted."""
+        splits = {}
+        wanted = {"train": (chunk.train, self.tokens), "val": (chunk.val, self.val_tokens)}
+        for split, (tokens, total) in wanted.items():
+            if len(tokens) == 0:
+                continue
+            keep = keep_mask(tokens, special)
+            if not keep.any():
+                raise ValueError(
+                    f"all {tokens.numel()} {split} tokens are special ({special[:8]}), none is left to keep; "
+                    "the tokenizer does not fit the text, set data.source.tokenizer"
+                )
+            # The last sequence may bring more than is wanted.
+            keep &= (keep.flatten().cumsum(0) <= total - done.get(f"{split}_tokens", 0)).view_as(keep)
+            slots = torch.randperm(int(keep.sum()), generator=stream(self.seed, "rows", number, split))
+            rows = self._forward(bridge, tokens, keep, slots)
+            sequence, position = (place(i.int(), slots) for i in keep.nonzero(as_tuple=True))
+            splits[split] = Split(rows, {"sequence": sequence, "position": position, "tokens": tokens})
+        return splits
+
+    @torch.no_grad()
+    def _forward(self, bridge: Any, tokens: Tensor, keep: Tensor, slots: Tensor) -> dict[str, Tensor]:
+        """Rows [kept, d_in] of each hook, row i of the text in slot i of `slots`, in the storage dtype."""
+        assert self._widths is not None
+        dtype = DTYPES[self.dtype]
+        rows = {hook: torch.empty(len(slots), self._widths[hook], dtype=dtype) for hook in self.hook_names}
+        start = 0
+        for batch, kept in zip(tokens.split(self.model_batch), keep.split(self.model_batch), strict=True):
+            here = slots[start : start + int(kept.sum())]
+            start += len(here)
+            for hook, values in capture(bridge, batch, self.hook_names).items():
+                found = values[kept.to(values.device)].flatten(1)
+                stored = found.to(dtype)
+                if not stored.isfinite().all():
+                    raise ValueError(not_finite(hook, found, self.dtype, self.model_dtype))
+                rows[hook][here] = stored.cpu()
+        return rows
+
+
+def place(values: Tensor, slots: Tensor) -> Tensor:
+    """Value i into slot i."""
+    return torch.empty_like(values).index_copy_(0, slots, values)
+
+
+def not_finite(hook_name: str, values: Tensor, dtype: str, model_dtype: str) -> str:
+    if values.isfinite().all():
+        return (
+            f"{hook_name} reaches {float(values.abs().max()):.3g}, which overflows {dtype}; "
+            "store it with data.source.dtype=bfloat16"
+        )
+    return (
+        f"{hook_name} is NaN or Inf in the model itself, which ran in {model_dtype}; "
+        "set data.source.model_dtype=float32, or check the weights"
+    )
+
+
+def torch_dtype(name: str, key: str) -> torch.dtype:
+    """The dtype of a name. Raises ValueError that names the setting `key` for an unknown one."""
+    if name not in DTYPES:
+        raise ValueError(f"{key}={name} is unknown; choose {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of a name; `auto` is CUDA if there is one, otherwise the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def model_identity(model: str, revision: str | None, patterns: tuple[str, ...]) -> dict[str, Any]:
+    """What decides a model or tokenizer: the hash of a directory's matching files, or a hub name and commit.
+
+    Raises ValueError if the directory is not there or none of its files match, or the hub has no such model.
+    """
+    directory = local_directory(model)
+    if directory is None:
+        return {"name": model, "commit": hub_commit(model, revision)}
+    files = sorted({f for pattern in patterns for f in directory.glob(pattern) if f.is_file()})
+    if patterns is TOKENIZER and not files:
+        raise ValueError(no_tokenizer(model))
+    return {"xxh3": content_hash(files)}
+
+
+def local_directory(model: str) -> Path | None:
+    """The directory of a model, None for a hub name. Raises ValueError for what cannot be either."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise ValueError(
+                f"the directory {model} is empty; data.source.model takes one made by save_pretrained"
+            )
+        return path
+    if path.exists() or looks_local(model):
+        raise ValueError(
+            f"there is no directory {model}; set data.source.model=<made by save_pretrained> or a hub name"
+        )
+    return None
+
+
+def hub_commit(model: str, revision: str | None) -> str:
+    """The commit of a hub name, from the hub or the local cache. Raises ValueError if neither has it."""
+    from huggingface_hub import constants, hf_hub_download
+
+    online = hub_reachable()
+    reason = ""
+    for name in ("config.json", "tokenizer_config.json"):  # what holds a tokenizer alone has the second
+        try:
+            return Path(
+                hf_hub_download(model, name, revision=revision, local_files_only=not online)
+            ).parent.name
+        except (OSError, ValueError) as error:
+            reason = reason or one_line(error)
+    if not online:
+        reason = f"{constants.ENDPOINT} is out of reach and the model is not in the local cache"
+    how = "set data.source.model=<directory made by save_pretrained>"
+    raise ValueError(f"cannot load {model}: {reason}; {how}")
+
+
+def no_tokenizer(name: str) -> str:
+    return f"{name} has no tokenizer; add one with tokenizer.save_pretrained, or set data.source.tokenizer"
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a hub name or a directory. Raises ValueError if there is none."""
+    directory = local_directory(name)
+    # transformers makes up an empty tokenizer from config.json alone, and says nothing.
+    if directory is not None and not any(f for pattern in TOKENIZER for f in directory.glob(pattern)):
+        raise ValueError(no_tokenizer(name))
+    if directory is None:
+        revision = hub_commit(name, revision)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory or name), revision=revision)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{no_tokenizer(name)} ({one_line(error)})") from None
+
+
+def one_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and transformer_lens' advice; both are put back."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_bridge(
+    model: str,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    compatibility_mode: bool = False,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+) -> Any:
+    """The model as a transformer_lens bridge in evaluation mode, without gradients, with its tokenizer.
+
+    Raises ValueError in one line if the model or its tokenizer cannot be had, transformer_lens does not know
+    the architecture, or the tokenizer has ids that the model has no embedding for.
+    """
+    target, compute = pick_device(device), torch_dtype(dtype, "data.source.model_dtype")
+    directory = local_directory(model)
+    if directory is not None and not (directory / "config.json").is_file():
+        raise ValueError(
+            f"{model} has no config.json; data.source.model takes a directory made by save_pretrained"
+        )
+    commit = None if directory is not None else hub_commit(model, revision)
+    own = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(model, revision)
+    with quiet():
+        from transformer_lens.model_bridge import TransformerBridge
+
+        try:
+            bridge = TransformerBridge.boot_transformers(
+                str(directory or model), device=target, dtype=compute, revision=commit, tokenizer=own
+            )
+        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"transformer_lens cannot run {model}: {one_line(error)}; "
+                "set data.source.model to a causal language model that it knows"
+            ) from None
+        if compatibility_mode:
+            bridge.enable_compatibility_mode()
+    bridge.eval().requires_grad_(False)
+    top = max(own.get_vocab().values(), default=0)
+    if top >= bridge.cfg.d_vocab:
+        raise ValueError(
+            f"the tokenizer {tokenizer or model} has ids up to {top}, {model} embeds {bridge.cfg.d_vocab}; "
+            "set data.source.tokenizer to the one that the model was trained with"
+        )
+    return bridge
+
+
+def capture(bridge: Any, tokens: Tensor, hook_names: list[str]) -> dict[str, Tensor]:
+    """Activations [batch, pos, ...] of the hooks in one forward pass that ends at the deepest of them.
+
+    The pass is ended by the last hook that fires, not with `stop_at_layer`, which is exclusive, drops hooks
+    of the layer that it names without a word and is ignored from the last layer on. A hook that never fires
+    is not in the result.
+    """
+    from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+    found: dict[str, Tensor] = {}
+
+    def save(name: str, value: Tensor) -> None:
+        found.setdefault(name, value)
+        if len(found) == len(hook_names):
+            raise StopAtLayerException(value)
+
+    hooks = [(name, lambda value, hook, name=name: save(name, value)) for name in hook_names]
+    bridge.run_with_hooks(tokens.long().to(bridge.cfg.device), fwd_hooks=hooks, return_type=None)
+    return found
+
+
+@torch.no_grad()
+def hook_widths(bridge: Any, hook_names: list[str]) -> dict[str, int]:
+    """The width of a row at each hook, [batch, pos, heads, d_head] counted as heads · d_head.
+
+    Raises ValueError for a hook that the model does not have or does not fire, or that has no row for each
+    token.
+    """
+    for name in hook_names:
+        check_hook_name(bridge, name)
+    length = min(PROBE_TOKENS, bridge.cfg.n_ctx)
+    tokens = torch.zeros(2, length, dtype=torch.long)
+    found: dict[str, Tensor] = {}
+    for name in hook_names:
+        try:
+            found |= capture(bridge, tokens, [name])
+        except ValueError as error:
+            if "Cannot add hook" not in str(error):
+                raise
+        if name not in found:
+            raise ValueError(
+                f"{name} is gated and never fires in this model; try data.source.hook_names="
+                f"[{nearest(name.replace('hook_result', 'hook_z'), firing_names(bridge))}]"
+            )
+        shape = tuple(found[name].shape)
+        per_token = (
+            len(shape) in (3, 4) and shape[:2] == (2, length) and not (len(shape) == 4 and shape[3] == length)
+        )
+        if not (per_token and found[name].is_floating_point()):
+            raise ValueError(
+                f"{name} has shape {shape} for tokens {(2, length)}, not a row for each token; "
+                "set data.source.hook_names to one such as blocks.0.hook_resid_pre"
+            )
+    return {name: found[name][0, 0].numel() for name in hook_names}
+
+
+def check_hook_name(bridge: Any, name: str) -> None:
+    """Raise ValueError for a hook that is not there, naming the nearest that is."""
+    if name in bridge.hook_dict:
+        return
+    layer = re.match(r"blocks\.(\d+)\.", name)
+    layers = bridge.cfg.n_layers
+    if layer and int(layer[1]) >= layers:
+        raise ValueError(
+            f"{name} is out of range: the model has layers 0 to {layers - 1}; "
+            f"set data.source.hook_names=[blocks.{layers - 1}.{name.split('.', 2)[2]}]"
+        )
+    raise ValueError(
+        f"the model has no hook {name}; the nearest is data.source.hook_names="
+        f"[{nearest(name, list(bridge.hook_dict))}]"
+    )
+
+
+def firing_names(bridge: Any) -> list[str]:
+    return [name for name in bridge.hook_dict if bridge._gated_hook_reason(name) is None]
+
+
+def nearest(name: str, names: list[str]) -> str:
+    return difflib.get_close_matches(name, names, n=1, cutoff=0)[0]

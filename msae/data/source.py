@@ -1,0 +1,73 @@
+"""What a source of activations is: a language model or a synthetic world, both written to the same shards."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+SPLITS = ("train", "val")
+
+
+@dataclass
+class Split:
+    """The rows that one chunk of a harvest contributes to one split.
+
+    activations: hook name → [rows, d_in] in the storage dtype, rows already shuffled across documents.
+    index: tensors written beside them in every shard; for text `sequence [rows] int32` (a row of `tokens` in the
+    same shard), `position [rows] int32`, `tokens [n_seq, context] int32`. Empty for synthetic data.
+    """
+
+    activations: dict[str, Tensor]
+    index: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Chunk:
+    """One resumable step of a harvest: at most one shard a split, and the state to go on from after it."""
+
+    splits: dict[str, Split]
+    state: dict[str, Any]  # JSON; handed back to Source.chunks to go on after this chunk
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where activations come from. Everything that decides a byte of the shards is in `identity`."""
+
+    @property
+    def hook_names(self) -> list[str]:
+        """The sites harvested in one pass; each gets a shard directory of its own."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """A short readable name for directories, such as `gpt2` or `tree`."""
+        ...
+
+    def identity(self, hook_name: str) -> dict[str, Any]:
+        """JSON that decides the content of this hook's shards; equal identity, equal directory."""
+        ...
+
+    def provenance(self) -> dict[str, Any]:
+        """JSON that is recorded but does not decide the directory: paths, library versions."""
+        ...
+
+    def expected_rows(self) -> int:
+        """How many rows (train and val) the harvest will write at most."""
+        ...
+
+    def d_in(self, hook_name: str) -> int:
+        """The width of a row at this hook."""
+        ...
+
+    def bytes_per_row(self, hook_name: str) -> int:
+        """Bytes that one row takes on disk."""
+        ...
+
+    def chunks(self, state: dict[str, Any] | None) -> Iterator[Chunk]:
+        """Chunks from the start (None) or after the chunk whose state is given; deterministic either way."""
+        ...
+
+    def truth(self) -> dict[str, Tensor] | None:
+        """What only a synthetic source knows, written as truth.safetensors beside its shards."""
+        ...

@@ -1,0 +1,114 @@
+"""What the language model loses when a reconstruction takes the place of its activations."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from msae.data.language_model import check_hook_name
+from msae.data.text import keep_mask
+from msae.progress import progress
+
+Reconstruct = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def cross_entropy_recovered(
+    bridge: Any,
+    hook_name: str,
+    reconstruct: dict[str, Reconstruct],
+    tokens: Int[Tensor, "n_seq context"],
+    special_ids: Iterable[int],
+    batch: int = 8,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Cross-entropy (nats a token) and KL(original ‖ spliced) with each reconstruction in place of the hook.
+
+    ce_score = (CE_zero − CE_sae) / (CE_zero − CE_orig) and kl_score = 1 − KL_sae / KL_zero: 1 is lossless, 0
+    is what zeros in place of the activations do. Spliced are the kept positions alone; BOS, padding and
+    special tokens stay as they are. Counted are the predictions of t + 1 from t where both are kept, summed
+    in float64. A function in `reconstruct` maps rows [n, d_in] float32 to the same shape; [heads, d_head] is
+    flattened for it. Returns {"ce": {"orig", "zero", name…}, "ce_score": {name…}, "kl": {"zero", name…},
+    "kl_score": {name…}, "tokens": n}.
+
+    Raises ValueError for a hook that the model does not have or through which nothing can be replaced, a name
+    that is taken, or tokens without two kept ones in a row.
+    """
+    check_hook_name(bridge, hook_name)
+    if hook_name.endswith("hook_resid_mid"):
+        # In transformer_lens 4 this is the second norm's input: the skip connection carries the original on.
+        raise ValueError(
+            f"{hook_name} can be read but not replaced; evaluate at hook_resid_pre or hook_resid_post"
+        )
+    if taken := {"orig", "zero"} & set(reconstruct):
+        raise ValueError(f"the reconstructions' names {sorted(taken)} are taken; rename them")
+    special = list(special_ids)
+    splices: dict[str, Reconstruct] = {"zero": torch.zeros_like, **reconstruct}
+    ce = dict.fromkeys(["orig", *splices], 0.0)
+    kl = dict.fromkeys(splices, 0.0)
+    count = 0
+    with progress(tokens.numel(), "cross-entropy", disable=not show_progress) as bar:
+        for some in tokens.long().split(batch):
+            part = some.to(bridge.cfg.device)
+            keep = keep_mask(part, special)
+            scored = keep[:, :-1] & keep[:, 1:]
+            if scored.any():
+                target = part[:, 1:][scored]
+                original = log_probabilities(bridge(part), scored)
+                ce["orig"] += negative_log_likelihood(original, target)
+                for name, function in splices.items():
+                    logits = bridge.run_with_hooks(part, fwd_hooks=[(hook_name, splice(function, keep))])
+                    spliced = log_probabilities(logits, scored)
+                    ce[name] += negative_log_likelihood(spliced, target)
+                    kl[name] += kl_divergence(original, spliced)
+                count += len(target)
+            bar.update(part.numel())
+    if count == 0:
+        raise ValueError(f"none of {tokens.numel()} tokens is kept together with its next; give other text")
+    ce = {name: total / count for name, total in ce.items()}
+    kl = {name: total / count for name, total in kl.items()}
+    room = ce["zero"] - ce["orig"]
+    return {
+        "ce": ce,
+        "ce_score": {name: ratio(ce["zero"] - ce[name], room) for name in reconstruct},
+        "kl": kl,
+        "kl_score": {name: 1 - ratio(kl[name], kl["zero"]) for name in reconstruct},
+        "tokens": count,
+    }
+
+
+def splice(function: Reconstruct, keep: Tensor) -> Callable[..., Tensor]:
+    """A hook that replaces the rows at `keep` [batch, pos] by the function of them, and no others."""
+
+    def hook_fn(value: Tensor, hook: Any) -> Tensor:
+        flat = value.flatten(2).clone()
+        rows = flat[keep].float()
+        new = function(rows)
+        assert new.shape == rows.shape, (
+            f"reconstruction has shape {tuple(new.shape)}, expected {tuple(rows.shape)}"
+        )
+        flat[keep] = new.to(flat.dtype)
+        return flat.view_as(value)
+
+    return hook_fn
+
+
+def log_probabilities(logits: Float[Tensor, "batch pos vocab"], scored: Tensor) -> Float[Tensor, "n vocab"]:
+    return logits[:, :-1][scored].float().log_softmax(-1)
+
+
+def negative_log_likelihood(log_probs: Float[Tensor, "n vocab"], target: Int[Tensor, " n"]) -> float:
+    """−Σ log p(target), summed in float64."""
+    return -float(log_probs.gather(1, target[:, None]).double().sum())
+
+
+def kl_divergence(p: Float[Tensor, "n vocab"], q: Float[Tensor, "n vocab"]) -> float:
+    """Σ_rows Σ_v p (log p − log q) of log-probabilities, summed in float64."""
+    return float((p.exp() * (p - q)).sum(-1).double().sum())
+
+
+def ratio(part: float, whole: float) -> float:
+    """part / whole, NaN where ablation changes nothing and there is nothing to recover."""
+    return part / whole if whole else float("nan")

@@ -1,0 +1,92 @@
+"""Reconstruction metrics of every prefix, streamed in float64 over a whole set and never averaged over batches."""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from msae.sae import MatryoshkaSAE
+
+
+class ReconstructionSums:
+    """Running sums from which the metrics of every prefix follow; `tensors` may be added up across processes."""
+
+    def __init__(self, sae: MatryoshkaSAE) -> None:
+        self.prefixes, self.d_in = sae.prefixes, sae.d_in
+        n = len(sae.prefixes)
+        device = sae.W_dec.device
+        shapes = {
+            "tokens": (),
+            "x": (sae.d_in,),
+            "x_square": (),
+            "error": (n,),
+            "recon_square": (n,),
+            "product": (n,),
+            "cosine": (n,),
+            "norm_ratio": (n,),
+            "fired": (sae.d_sae,),
+        }
+        self.tensors = {name: torch.zeros(s, dtype=torch.float64, device=device) for name, s in shapes.items()}
+
+    @torch.no_grad()
+    def update(self, sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"]) -> None:
+        """Add a batch of raw activations, encoded as at inference (by threshold)."""
+        acts = sae.encode(x)
+        exact = x.double()
+        norm = exact.norm(dim=1).clamp_min(1e-30)
+        t = self.tensors
+        t["tokens"] += len(x)
+        t["x"] += exact.sum(0)
+        t["x_square"] += exact.square().sum()
+        t["fired"] += (acts > 0).sum(0)
+        for i, scaled in enumerate(sae.decode_prefixes(acts)):
+            recon = scaled.double() / sae.scale
+            product, recon_norm = (exact * recon).sum(1), recon.norm(dim=1)
+            t["error"][i] += (exact - recon).square().sum()
+            t["recon_square"][i] += recon.square().sum()
+            t["product"][i] += product.sum()
+            t["cosine"][i] += (product / (norm * recon_norm.clamp_min(1e-30))).sum()
+            t["norm_ratio"][i] += (recon_norm / norm).sum()
+
+    def metrics(self) -> dict[str, float]:
+        """Flat `name/p{width}` for every prefix.
+
+        mse = E‖x − x̂‖² / d_in;  fvu = E‖x − x̂‖² / (E‖x‖² − ‖E x‖²);  l0 = active latents a token;
+        dead = share of latents that never fired;  cosine = E cos(x, x̂);  l2_ratio = E ‖x̂‖/‖x‖;
+        bias = E‖x̂‖² / E⟨x, x̂⟩ (1: no shrinkage);  dense_1pct, dense_10pct = share of latents firing on more tokens.
+        """
+        t = {name: tensor.cpu() for name, tensor in self.tensors.items()}
+        tokens = float(t["tokens"])
+        assert tokens > 0, "no batch was added"
+        variance = float(t["x_square"] - t["x"].square().sum() / tokens)
+        density = t["fired"] / tokens
+        out: dict[str, float] = {}
+        for i, width in enumerate(self.prefixes):
+            error, product = float(t["error"][i]), float(t["product"][i])
+            values = {
+                "mse": error / (tokens * self.d_in),
+                "fvu": error / variance if variance > 0 else float("nan"),
+                "l0": float(density[:width].sum()),
+                "dead": float((density[:width] == 0).double().mean()),
+                "cosine": float(t["cosine"][i]) / tokens,
+                "l2_ratio": float(t["norm_ratio"][i]) / tokens,
+                "bias": float(t["recon_square"][i]) / product if product else float("nan"),
+                "dense_1pct": float((density[:width] > 0.01).double().mean()),
+                "dense_10pct": float((density[:width] > 0.1).double().mean()),
+            }
+            out |= {f"{name}/p{width}": value for name, value in values.items()}
+        return out
+
+    @property
+    def density(self) -> Tensor:
+        """How often each latent fired, [d_sae], between 0 and 1."""
+        return (self.tensors["fired"] / self.tensors["tokens"]).cpu()
+
+
+def reconstruction_metrics(sae: MatryoshkaSAE, batches: Iterable[Tensor]) -> dict[str, float]:
+    """`ReconstructionSums.metrics` over all batches of raw activations."""
+    sums = ReconstructionSums(sae)
+    for batch in batches:
+        sums.update(sae, batch.to(sae.W_dec))
+    return sums.metrics()

@@ -1,0 +1,33 @@
+"""python -m msae.harvest: the first half of the job alone, or `verify=<shard directory>` to check one fully."""
+
+import sys
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from msae.config import HarvestConfig, command
+from msae.data.datamodule import ActivationData
+from msae.data.harvest import harvest
+from msae.data.shards import Shards
+from msae.progress import progress
+
+
+@command("harvest", HarvestConfig)
+def main(cfg: DictConfig) -> None:
+    if cfg.verify is not None:
+        shards = Shards(cfg.verify)
+        with progress(sum(entry["bytes"] for entry in shards.manifest["shards"]), "verify", unit="B") as bar:
+            shards.verify(bar.update)
+        print(f"{shards.directory}: {len(shards.manifest['shards'])} shards, every checksum right")
+        return
+    data: ActivationData = instantiate(cfg.data)
+    for hook, shards in harvest(data.source, data.root, data.max_disk_gb).items():
+        rows = {split: sum(shards.rows(split)) for split in ("train", "val")}
+        print(
+            f"{hook}: {rows['train']:,} training rows, {rows['val']:,} held out, d_in {shards.d_in}: {shards.directory}"
+        )
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""An SAE as a directory: cfg.json and sae_weights.safetensors, in the layout of SAELens 6 inference SAEs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from msae.sae.model import MatryoshkaSAE
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+
+
+def save_sae(sae: MatryoshkaSAE, directory: str | Path, metadata: dict[str, Any] | None = None) -> Path:
+    """Write the SAE for inference on raw activations, the scale folded in, float32, JSON and safetensors only.
+
+    `cfg.json` has SAELens's keys (architecture `jumprelu`: active where pre > threshold); what it has no key for
+    (prefixes, k, and the given metadata such as model_name, hook_name) is under `metadata`.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    folded = MatryoshkaSAE(sae.d_in, sae.d_sae, sae.prefixes, sae.k)
+    folded.load_state_dict({name: t.detach().float().cpu() for name, t in sae.state_dict().items()}, strict=True)
+    folded.fold_scale()
+    config = {
+        "architecture": "jumprelu",
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": "6.54.12",  # the layout's version; SAELens reads older ones another way
+            "training_architecture": "matryoshka_batchtopk",
+            "training_architecture_details": {"k": sae.k, "matryoshka_widths": sae.prefixes},
+            "trained_with": "msae",
+            **(metadata or {}),
+        },
+    }
+    tensors = {name: getattr(folded, name).detach().contiguous() for name in TENSORS}
+    save_file(tensors, directory / WEIGHTS)
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    return directory
+
+
+def load_sae(directory: str | Path, device: str | torch.device = "cpu") -> MatryoshkaSAE:
+    """Read what `save_sae` wrote; metadata is at `sae.metadata`. Raises ValueError in one line for anything else."""
+    directory = Path(directory)
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+        details = config["metadata"]["training_architecture_details"]
+        sae = MatryoshkaSAE(config["d_in"], config["d_sae"], details["matryoshka_widths"], details["k"])
+    except FileNotFoundError:
+        raise ValueError(f"{directory} has no {CONFIG}; give the sae/ directory of a run") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory / CONFIG} is not a Matryoshka SAE's configuration: {error!r}") from None
+    expected = {name: tuple(getattr(sae, name).shape) for name in TENSORS}
+    try:
+        with safe_open(directory / WEIGHTS, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            if found != expected:
+                raise ValueError(f"{directory / WEIGHTS} holds {found}, expected {expected} from {CONFIG}")
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ValueError(f"{directory / WEIGHTS} cannot be read ({error}); export the SAE again") from None
+    sae.load_state_dict(tensors, strict=False)
+    sae.metadata = config["metadata"]
+    return sae.to(device).eval()

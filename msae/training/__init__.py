@@ -1,0 +1,1 @@
+"""Lightning around the SAE: the training module, its callbacks and checkpoints."""

@@ -1,0 +1,105 @@
+"""What surrounds the steps: token progress, stopping on a signal, TensorBoard's overlaid prefix charts."""
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from msae.progress import progress
+from msae.training.module import METRICS, MatryoshkaTraining
+
+
+class Interrupted(BaseException):
+    """Training stopped on a signal, after a checkpoint at the end of a step."""
+
+    def __init__(self, signum: int, step: int, checkpoint: Path) -> None:
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name} after step {step}; saved {checkpoint}")
+        self.exit_code = 128 + signum
+
+
+class StopOnSignal(L.Callback):
+    """SIGTERM or Ctrl-C sets a flag; at the end of the step a checkpoint is saved and Interrupted raised.
+
+    A second Ctrl-C stops at once, as it does without this callback.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self._received = 0
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._previous[signum] = signal.signal(signum, self._receive)
+
+    def _receive(self, signum: int, frame: object) -> None:
+        if self._received:
+            raise KeyboardInterrupt
+        self._received = signum
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        received = self._received
+        if trainer.world_size > 1:
+            received = signal.SIGTERM if trainer.strategy.reduce_boolean_decision(bool(received), all=False) else 0
+        if received:
+            trainer.save_checkpoint(self.checkpoint)
+            raise Interrupted(received, trainer.global_step, self.checkpoint)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous = {}
+
+
+class TokenProgress(L.Callback):
+    """A bar over the token budget with the rate, the time left and the widest prefix's loss."""
+
+    def __init__(self, refresh_steps: int = 50) -> None:
+        self.refresh_steps = refresh_steps
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        batch_tokens = trainer.datamodule.batch_tokens  # type: ignore[attr-defined]
+        self.tokens_per_step = batch_tokens * trainer.world_size * trainer.accumulate_grad_batches
+        self._shown = trainer.global_step
+        self._bar = progress(
+            trainer.max_steps * self.tokens_per_step,
+            "train",
+            initial=self._shown * self.tokens_per_step,
+            disable=not trainer.is_global_zero,
+        )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step - self._shown >= self.refresh_steps or step == trainer.max_steps:
+            self._bar.set_postfix(loss=f"{float(outputs['loss']):.4g}", refresh=False)
+            self._bar.update((step - self._shown) * self.tokens_per_step)
+            self._shown = step
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if hasattr(self, "_bar"):
+            self._bar.close()
+
+
+class PrefixCharts(L.Callback):
+    """TensorBoard's custom scalars: one chart a metric, the prefixes laid over one another."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, MatryoshkaTraining)
+        layout = {
+            split: {name: ["Multiline", [rf"{split}/{name}/p\d+"]] for name in METRICS} for split in ("train", "val")
+        }
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(layout)

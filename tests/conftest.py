@@ -1,0 +1,9 @@
+"""For every test: array shapes checked at run time, one torch thread."""
+
+import torch
+from jaxtyping import install_import_hook
+
+# is_pep484_tower: an int is a float. Before anything imports these modules.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+install_import_hook(["msae.sae", "msae.evaluation"], CHECKER)
+torch.set_num_threads(1)

@@ -1,0 +1,288 @@
+"""The LightningModule and its surroundings: steps, logs, checkpoints, and resuming bit for bit."""
+
+import os
+import signal
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from msae.data.datamodule import ActivationData
+from msae.data.synthetic import TreeSource
+from msae.training.callbacks import Interrupted, PrefixCharts, StopOnSignal
+from msae.training.checkpoints import (
+    LAST,
+    PREVIOUS,
+    AtomicCheckpointIO,
+    checkpoint_callbacks,
+    resume_from,
+)
+from msae.training.module import MatryoshkaTraining
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+PREFIXES = [4, 8, 20]
+
+
+class At(L.Callback):
+    """Runs an action once, at the given step, at the hook of that name."""
+
+    def __init__(self, hook: str, step: int, action) -> None:
+        self.done = False
+
+        def run(trainer, *args, **kwargs):
+            if trainer.global_step >= step and not self.done:
+                self.done = True
+                action(trainer)
+
+        setattr(self, hook, run)
+
+
+def terminate(trainer) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Seen(L.Callback):
+    """Remembers every batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[torch.Tensor] = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self.batches.append(batch.clone())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("shards")
+
+
+def fit(
+    root: Path,
+    run: Path,
+    steps: int = 40,
+    *,
+    resume: bool = False,
+    accumulate: int = 1,
+    callbacks=(),
+    every: int = 5,
+    batch_tokens: int = 128,
+    **model,
+):
+    data = ActivationData(TreeSource(rows=3000, val_rows=600, chunk_rows=1000), batch_tokens, root=str(root))
+    settings = {"lr": 1e-2, "warmup_steps": 5, "dead_after_tokens": 1000} | model
+    module = MatryoshkaTraining(data.shards.d_in, 20, PREFIXES, 1.5, **settings)
+    module.sae.set_statistics(data.shards.mean, data.shards.mean_square)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=10 * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        logger=TensorBoardLogger(run, name="", version="tb", default_hp_metric=False),
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[
+            StopOnSignal(run / "checkpoints" / LAST),
+            PrefixCharts(),
+            *checkpoint_callbacks(run / "checkpoints", every, "val/fvu/p20"),
+            *callbacks,
+        ],
+    )
+    path = str(resume_from(run / "checkpoints")) if resume else None
+    trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+    return trainer, module
+
+
+def final_state(trainer, module) -> dict[str, torch.Tensor]:
+    state = dict(module.state_dict())
+    for i, per_parameter in trainer.optimizers[0].state_dict()["state"].items():
+        state |= {f"adam/{i}/{name}": torch.as_tensor(value) for name, value in per_parameter.items()}
+    state["lr"] = torch.tensor(trainer.optimizers[0].param_groups[0]["lr"])
+    state["rng"] = torch.get_rng_state()
+    return state
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, different
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(
+    ("hook", "steps"),
+    [("on_train_batch_start", [17]), ("on_train_batch_start", [7, 11]), ("on_validation_batch_start", [10])],
+    ids=["mid-epoch", "twice-in-one-epoch", "during-validation"],
+)
+def test_a_stopped_run_ends_where_an_uninterrupted_one_does(root, tmp_path, hook, steps, accumulate):
+    torch.manual_seed(0)
+    seen_whole = Seen()
+    whole = final_state(*fit(root, tmp_path / "whole", accumulate=accumulate, callbacks=[seen_whole]))
+
+    torch.manual_seed(0)
+    seen = Seen()
+    for number, step in enumerate(steps):
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            fit(
+                root, tmp_path / "parts", resume=number > 0, accumulate=accumulate,
+                callbacks=[seen, At(hook, step, terminate)],
+            )  # fmt: skip
+        torch.manual_seed(1234 + number)  # what the restarted process would have
+    parts = final_state(*fit(root, tmp_path / "parts", resume=True, accumulate=accumulate, callbacks=[seen]))
+
+    assert len(seen.batches) == len(seen_whole.batches) == 40 * accumulate
+    for a, b in zip(seen.batches, seen_whole.batches, strict=True):
+        assert torch.equal(a, b)
+    assert_same(whole, parts)
+
+
+def test_a_truncated_last_checkpoint_falls_back_to_the_one_before(root, tmp_path, capsys):
+    torch.manual_seed(0)
+    whole = final_state(*fit(root, tmp_path / "whole"))
+    torch.manual_seed(0)
+    with pytest.raises(Interrupted):
+        fit(root, tmp_path / "parts", callbacks=[At("on_train_batch_start", 23, terminate)])
+    last = tmp_path / "parts" / "checkpoints" / LAST
+    last.write_bytes(last.read_bytes()[:-2000])
+    parts = final_state(*fit(root, tmp_path / "parts", resume=True))
+    error = capsys.readouterr().err
+    assert f"{last} cannot be read" in error
+    assert f"going on from {last.with_name(PREVIOUS)}" in error
+    assert_same(whole, parts)
+
+    for name in (LAST, PREVIOUS):
+        last.with_name(name).write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read .*start a new run") as caught:
+        resume_from(last.parent)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_would_unpickle_code_is_refused(tmp_path):
+    torch.save({"state_dict": {}, "evil": os.system}, tmp_path / LAST)
+    with pytest.raises(ValueError, match="cannot be read"):
+        resume_from(tmp_path)
+
+
+def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"step": 1}, tmp_path / LAST)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("msae.training.checkpoints.torch.save", full)
+    with pytest.raises(ValueError, match=r"cannot write .*No space left.*ckpt_path=last"):
+        io.save_checkpoint({"step": 2}, tmp_path / LAST)
+    assert torch.load(tmp_path / LAST, weights_only=True) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == [LAST]
+
+
+def test_a_changed_batch_size_is_refused(root, tmp_path):
+    with pytest.raises(Interrupted):
+        fit(root, tmp_path, callbacks=[At("on_train_batch_start", 5, terminate)])
+    with pytest.raises(ValueError, match="batch_tokens=128, this run has batch_tokens=64"):
+        fit(root, tmp_path, resume=True, batch_tokens=64)
+
+
+def test_checkpoints_load_safely_with_their_hyperparameters(root, tmp_path):
+    _, module = fit(root, tmp_path, steps=10)
+    again = MatryoshkaTraining.load_from_checkpoint(tmp_path / "checkpoints" / LAST, weights_only=True)
+    assert_same(module.state_dict(), again.state_dict())
+    assert again.hparams["prefixes"] == PREFIXES
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {LAST, PREVIOUS, "best.ckpt"}
+
+
+def test_decoder_rows_have_unit_norm_and_no_parallel_gradient(root, tmp_path):
+    norms, parallels = [], []
+
+    class Watch(L.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            self.before = module.sae.W_dec.detach().clone()
+
+        def on_before_zero_grad(self, trainer, module, optimizer):  # of the next step: nothing touched it since
+            norms.append(float((module.sae.W_dec.detach().norm(dim=1) - 1).abs().max()))
+            if module.sae.W_dec.grad is not None:
+                parallels.append(float((module.sae.W_dec.grad * self.before).sum(1).abs().max()))
+
+    fit(root, tmp_path, steps=20, callbacks=[Watch()])
+    assert len(norms) == 20
+    assert len(parallels) == 18
+    assert max(norms) < 1e-6
+    assert max(parallels) < 1e-6
+
+
+def test_learning_rate_warms_up_and_decays_by_step(root, tmp_path):
+    rates = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    fit(root, tmp_path, steps=20, callbacks=[Watch()], lr=1.0, warmup_steps=4, decay_start=0.5, grad_clip=1e9)
+    expected = [0.25, 0.5, 0.75] + [1.0] * 8 + [1 - i / 10 for i in range(1, 10)]
+    assert rates == pytest.approx(expected)
+
+
+def test_gradients_are_clipped(root, tmp_path):
+    norms = []
+
+    class Watch(L.Callback):
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            grads = [p.grad for p in module.parameters() if p.grad is not None]
+            if grads:
+                norms.append(float(torch.stack([g.norm() for g in grads]).norm()))
+
+    fit(root, tmp_path, steps=10, callbacks=[Watch()], grad_clip=1e-3)
+    assert norms
+    assert max(norms) <= 1e-3 * 1.001
+
+
+def test_tensorboard_has_every_prefix_and_logs_only_when_due(root, tmp_path, monkeypatch):
+    calls = []
+    original = MatryoshkaTraining._log_step
+    monkeypatch.setattr(
+        MatryoshkaTraining,
+        "_log_step",
+        lambda self, *a: (calls.append(self.trainer.global_step), original(self, *a)),
+    )
+    fit(root, tmp_path, steps=40)
+    assert calls == [0, 9, 19, 29, 39]
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    per_prefix = {
+        f"{split}/{name}/p{w}"
+        for split in ("train", "val")
+        for name in ("loss", "mse", "fvu", "l0", "dead")
+        for w in PREFIXES
+    }
+    others = {
+        f"train/{n}" for n in ("lr", "tokens_per_s", "threshold", "dead_latents", "grad_norm", "aux_loss", "loss")
+    }
+    assert per_prefix | others <= tags
+    assert [e.step for e in events.Scalars("train/fvu/p20")] == [1, 10, 20, 30, 40]
+    assert [e.step + 1 for e in events.Scalars("val/fvu/p20")] == [10, 20, 30, 40]
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    for e in events.Scalars("val/loss/p20"):  # in scaled units the loss is the FVU, but for the sampling of the mean
+        fvu = next(f.value for f in events.Scalars("val/fvu/p20") if f.step == e.step)
+        assert e.value == pytest.approx(fvu, rel=0.1)
+
+
+def test_training_learns_the_tree(root, tmp_path):
+    trainer, _ = fit(root, tmp_path, steps=400)
+    assert float(trainer.callback_metrics["val/fvu/p20"]) < 0.2
+
+
+@pytest.mark.parametrize("settings", [{"decay_start": 1.5}, {"lr": 0.0}, {"grad_clip": -1.0}])
+def test_impossible_settings_are_one_line(settings):
+    with pytest.raises(ValueError, match=f"model.{next(iter(settings))}="):
+        MatryoshkaTraining(20, 20, PREFIXES, 1.5, **settings)
