@@ -343,7 +343,7 @@ def explain(ex: BaseException) -> str | None:
         near = difflib.get_close_matches(name, ex.options, 1, 0.5)
         hint = f"; did you mean {group}={near[0]}?" if near else ""
         return f"no {group} named {name}{hint} (there are: {', '.join(ex.options)})"
-    if not isinstance(ex, (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)):
+    if not isinstance(ex, (HydraException, YAMLError, ValueError, OSError)):
         return None
     text = str(ex)
     if isinstance(ex, OverrideParseException):
@@ -367,9 +367,7 @@ def run_directory(name: str, runs: str = "runs", run_dir: str | None = None, res
     if any(int(os.environ.get(v, 0)) > 0 for v in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")):
         shared = os.environ.get("MSAE_RUN_DIR", run_dir)
         if shared is None:
-            raise ValueError(
-                "the launcher starts every rank by itself: give run_dir=… so that they share one"
-            )
+            raise ValueError("the launcher starts every rank by itself: give run_dir=… so that they share one")
         return Path(shared)
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         directory = Path(HydraConfig.get().runtime.output_dir)
@@ -377,9 +375,7 @@ def run_directory(name: str, runs: str = "runs", run_dir: str | None = None, res
         directory = Path(run_dir)
         directory.mkdir(parents=True, exist_ok=True)
         if not resume and any(directory.iterdir()):
-            raise ValueError(
-                f"run_dir={run_dir} is not empty; give ckpt_path=last to resume it, or another run_dir"
-            )
+            raise ValueError(f"run_dir={run_dir} is not empty; give ckpt_path=last to resume it, or another run_dir")
     else:
         directory = claim(Path(runs) / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
     os.environ["MSAE_RUN_DIR"] = str(directory.resolve())

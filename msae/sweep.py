@@ -189,8 +189,9 @@ def print_table(sweep: Path, jobs: list[Job], varying: list[str], chosen: list[s
     from rich.console import Console
     from rich.table import Table
 
-    metrics = chosen or columns([widest(job.metrics) for job in jobs])[:6]
     rows = [{**job.metrics, **widest(job.metrics)} for job in jobs]
+    metrics = [m for m in chosen if any(m in row for row in rows)]
+    metrics = metrics or columns([widest(job.metrics) for job in jobs])[:6]
     table = Table("job", *varying, *metrics)
     for job, row in zip(jobs, rows, strict=True):
         values = [job.overrides.get(key, "") for key in varying]

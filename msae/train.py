@@ -21,6 +21,7 @@ from msae.data.batches import ValBatches
 from msae.data.datamodule import ActivationData
 from msae.data.shards import Shards
 from msae.evaluation.evaluate import calibrate, evaluate
+from msae.evaluation.pictures import decoder_against_truth
 from msae.sae import MatryoshkaSAE, load_sae, save_sae
 from msae.training.callbacks import Interrupted, PrefixCharts, StopOnSignal, TokenProgress
 from msae.training.checkpoints import LAST, AtomicCheckpointIO, checkpoint_callbacks, resume_from
@@ -34,11 +35,13 @@ def main(cfg: DictConfig) -> None:
     checkpoint = find_checkpoint(cfg.ckpt_path, cfg.run_dir, cfg.runs, cfg.name)
     data: ActivationData = instantiate(cfg.data)
     module = build_module(cfg, data.shards)
+    data.steps(cfg.tokens)  # refuses a budget that no step fits in before a run directory is made
     run = checkpoint.parent.parent if checkpoint else run_directory(cfg.name, cfg.runs, cfg.run_dir)
     if checkpoint is None:
         OmegaConf.save(OmegaConf.merge(cfg, {"run_dir": None, "ckpt_path": None}), run / "config.yaml", resolve=True)
     trainer = build_trainer(cfg, data, module, run)
-    say(f"run: {run}")
+    if trainer.is_global_zero:
+        say(f"run: {run}")
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     except Interrupted as stop:
@@ -46,11 +49,12 @@ def main(cfg: DictConfig) -> None:
         raise SystemExit(stop.exit_code) from None
     if trainer.is_global_zero:
         metrics = finish(module.sae, data, run, cfg)
+        per_step = data.batch_tokens * trainer.world_size * trainer.accumulate_grad_batches
         metrics |= {
-            "tokens": float(trainer.global_step * data.batch_tokens),
+            "train/tokens": float(trainer.global_step * per_step),
             "seconds": time.perf_counter() - started,
         }
-        report(metrics, trainer, module, run, cfg)
+        report(metrics, trainer, module, data.shards, run, cfg)
 
 
 def quiet_lightning() -> None:
@@ -113,10 +117,6 @@ def build_trainer(cfg: DictConfig, data: ActivationData, module: MatryoshkaTrain
         ],
     )
     steps = data.steps(cfg.tokens, trainer.world_size, trainer.accumulate_grad_batches)
-    if steps <= 0:
-        raise ValueError(
-            f"tokens={cfg.tokens} is less than one step of the data; raise tokens or data.exhausted=repeat"
-        )
     trainer.fit_loop.epoch_loop.max_steps = steps
     return trainer
 
@@ -149,7 +149,12 @@ def sae_metadata(shards: Shards) -> dict[str, Any]:
 
 
 def report(
-    metrics: dict[str, float], trainer: L.Trainer, module: MatryoshkaTraining, run: Path, cfg: DictConfig
+    metrics: dict[str, float],
+    trainer: L.Trainer,
+    module: MatryoshkaTraining,
+    shards: Shards,
+    run: Path,
+    cfg: DictConfig,
 ) -> None:
     """The figures as metrics.json, in TensorBoard beside the hyperparameters, and as a table on the terminal."""
     (run / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
@@ -157,6 +162,11 @@ def report(
     assert isinstance(logger, TensorBoardLogger)
     settings = OmegaConf.to_container(cfg, resolve=True)
     logger.log_hyperparams(settings, {f"final/{key}": value for key, value in metrics.items()})  # type: ignore[arg-type]
+    truth = shards.truth
+    if truth is not None:
+        figure = decoder_against_truth({run.name: module.sae.W_dec}, truth["features"], truth["parent"])
+        figure.savefig(run / "truth.png", dpi=150)
+        logger.experiment.add_figure("truth", figure, trainer.global_step)
     logger.finalize("success")
     print_table(metrics, module.sae.prefixes)
     say(f"sae:     {run / 'sae'}\nmetrics: {run / 'metrics.json'}\ncharts:  tensorboard --logdir {run.parent}")

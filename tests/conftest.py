@@ -1,4 +1,4 @@
-"""For every test: array shapes checked at run time, one torch thread."""
+"""For every test: array shapes checked at run time, one torch thread, no warning that comes only once."""
 
 import torch
 from jaxtyping import install_import_hook
@@ -7,3 +7,4 @@ from jaxtyping import install_import_hook
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook(["msae.sae", "msae.evaluation"], CHECKER)
 torch.set_num_threads(1)
+torch.set_warn_always(True)

@@ -62,6 +62,11 @@ def main(cfg: DictConfig) -> None:
     hydra.utils.instantiate(cfg.model)
     if cfg.seed == 99:
         raise KeyboardInterrupt
+    if cfg.seed == 97:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)  # what Lightning makes of it
     if cfg.seed == 98:
         (directory / "no" / "such").open()
     print("finished in", directory)
@@ -95,9 +100,7 @@ Call = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def call(
-    conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Call:
+def call(conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Run `main` in this process as the interpreter would; the exit code and what stderr shows."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -149,12 +152,13 @@ MISTAKES = {
     "seed=x": "seed is 'x', expected int",
     "evaluation.ce_sequences=x": "evaluation.ce_sequences is 'x', expected int",
     "trainer.max_steps=x": "trainer.max_steps is 'x', expected int",
+    "name='${'": "full_key: name",
     "tokens=${nowhere}": "Interpolation key 'nowhere' not found",
     "model._target_=tests.test_config.Modl": "model._target_ 'tests.test_config.Modl' cannot be loaded",
     "model.k=[1": "cannot read 'model.k=[1': no viable alternative",
     "model.k=1,2": "Ambiguous value for argument 'model.k=1,2'",
     "~model.zz": "Could not delete from config. 'model.zz' does not exist.",
-    "hydra.fo=1": "Could not override 'hydra.fo'",
+    "hydra.fo=1": "use +hydra.fo=1: Key 'fo' not in 'HydraConf'",
     "+experiment=broken": "broken.yaml",
     "--config-name=trian": "Cannot find primary config 'trian'",
     "model.k=13": "k=13 is unlucky, expected another",
@@ -246,6 +250,7 @@ def test_the_traceback_comes_on_request(call: Call, monkeypatch: pytest.MonkeyPa
 
 def test_interrupt(call: Call) -> None:
     assert call("seed=99") == (130, "interrupted\n")
+    assert call("seed=97") == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
@@ -262,9 +267,7 @@ def test_nothing_is_left_behind_but_the_run(call: Call) -> None:
     assert not list(run.iterdir())
 
 
-def test_starts_in_the_same_second_get_different_directories(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_starts_in_the_same_second_get_different_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MSAE_RUN_DIR", "")
     made = [run_directory("tree", str(tmp_path)) for _ in range(3)]
     assert len(set(made)) == 3
@@ -310,6 +313,7 @@ def test_a_process_of_its_own_from_another_directory(conf: Path, tmp_path: Path)
     assert (bad.returncode, bad.stderr) == (1, "error: unknown key model.kk; did you mean model.k?\n")
     assert bug.returncode == 1
     assert "Traceback" in bug.stderr
+    assert start("model._target_=tests.test_config.Modl").stderr.count("\n") == 1
     assert sorted(p.name for p in here.iterdir()) == ["runs"]
 
 

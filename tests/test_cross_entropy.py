@@ -44,9 +44,7 @@ def measure(bridge, hook, tokens, reconstruct, **settings):
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_identity_recovers_all_and_zero_nothing(bridge, tokens, hook):
-    found = measure(
-        bridge, hook, tokens, {"same": lambda x: x.clone(), "nothing": torch.zeros_like, "half": half}
-    )
+    found = measure(bridge, hook, tokens, {"same": lambda x: x.clone(), "nothing": torch.zeros_like, "half": half})
     ce, score = found["ce"], found["ce_score"]
     assert ce["zero"] - ce["orig"] != 0
     assert ce["same"] == pytest.approx(ce["orig"], rel=1e-6)
@@ -84,9 +82,7 @@ def naive(bridge, tokens, factor):
 
 def test_agrees_with_a_naive_loop(bridge, tokens):
     found = measure(bridge, HOOKS[0], tokens, {"half": half}, batch=3)
-    expected = {
-        name: naive(bridge, tokens, factor) for name, factor in (("orig", 1.0), ("zero", 0.0), ("half", 0.5))
-    }
+    expected = {name: naive(bridge, tokens, factor) for name, factor in (("orig", 1.0), ("zero", 0.0), ("half", 0.5))}
     for name, (loss, kl, count) in expected.items():
         assert found["ce"][name] == pytest.approx(loss, rel=1e-5)
         assert found["tokens"] == count

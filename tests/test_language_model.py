@@ -58,7 +58,9 @@ def test_is_a_source_and_cheap_to_construct(files):
     some = source(files)
     assert isinstance(some, Source)
     assert some.name == "tiny-lm"
-    assert some.expected_rows() == 1000 + 500_000
+    assert some.expected_rows() == 1000 + 53
+    assert source(files, tokens=10**8).expected_rows() == 10**8 + 500_000
+    assert source(files, val_fraction=0).expected_rows() == 1000
     assert some.truth() is None
     code = (
         "import sys; from msae.data.language_model import LanguageModelSource as S;"
@@ -91,7 +93,8 @@ def test_rows_are_the_hidden_states_of_transformers(files):
             assert not torch.equal(where[0], where[0].sort().values)
             rows[split] += len(acts)
     assert rows["train"] == 1000
-    assert 0 < rows["val"] <= 200
+    assert 0 < rows["val"] <= 53
+    assert sum(rows.values()) <= some.expected_rows()
 
 
 def test_hooks_of_one_pass_are_aligned_and_each_is_what_it_is_alone(files):
@@ -125,9 +128,7 @@ def test_heads_are_flattened_in_order(files):
     torch.testing.assert_close(part.activations["blocks.1.attn.hook_z"], rows.reshape(len(rows), 32))
 
 
-@pytest.mark.parametrize(
-    "hook", ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post", "ln_final.hook_normalized"]
-)
+@pytest.mark.parametrize("hook", ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post", "ln_final.hook_normalized"])
 def test_first_and_last_sites_equal_a_whole_pass(files, hook):
     bridge = load_bridge(str(files / "Tiny LM"), device="cpu")
     tokens = torch.arange(24).view(2, 12)
@@ -147,9 +148,7 @@ def test_resuming_gives_the_same_bytes(files):
         for a, b in zip(rest, whole[start + 1 :], strict=True):
             for split, part in a.splits.items():
                 for name, tensor in {**part.activations, **part.index}.items():
-                    assert torch.equal(
-                        tensor, ({**b.splits[split].activations, **b.splits[split].index})[name]
-                    )
+                    assert torch.equal(tensor, ({**b.splits[split].activations, **b.splits[split].index})[name])
 
 
 def test_val_is_cut_at_its_tokens(files):
@@ -251,9 +250,7 @@ def test_context_longer_than_the_models(files):
 
 
 def test_paths_that_are_no_model(files, tmp_path):
-    refuses(
-        source(files, model="/nowhere/model"), "there is no directory /nowhere/model; set data.source.model="
-    )
+    refuses(source(files, model="/nowhere/model"), "there is no directory /nowhere/model; set data.source.model=")
     refuses(source(files, model=str(files / "text.txt")), "there is no directory")
     refuses(source(files, model=str(tmp_path)), "is empty")
     (tmp_path / "notes.md").write_text("x")
@@ -272,9 +269,7 @@ def no_hub(monkeypatch, tmp_path):
 
 
 def test_hub_model_while_offline(files, no_hub):
-    load_bridge(
-        str(files / "Tiny LM"), device="cpu"
-    )  # a directory needs no hub, and the imports are paid for
+    load_bridge(str(files / "Tiny LM"), device="cpu")  # a directory needs no hub, and the imports are paid for
     start = time.perf_counter()
     refuses(
         source(files, model="owner/name"),
@@ -313,6 +308,8 @@ def test_tokenizer_absent(files, tmp_path):
     refuses(source(files, model=str(tmp_path / "bare")), "has no tokenizer", "set data.source.tokenizer")
     with pytest.raises(ValueError, match="has no tokenizer"):
         source(files, model=str(tmp_path / "bare")).identity(RESID)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        load_bridge(str(tmp_path / "bare"), device="cpu")  # transformers would make up an empty one
     other = source(files, model=str(tmp_path / "bare"), tokenizer=str(files / "Tiny LM"))
     (first, *_), (own, *_) = harvest(other), harvest(source(files))
     assert torch.equal(first.splits["train"].activations[RESID], own.splits["train"].activations[RESID])
@@ -324,6 +321,16 @@ def test_tokenizer_that_is_not_the_models(files, tmp_path):
     larger.save_pretrained(tmp_path)
     some = source(files, tokenizer=str(tmp_path))
     refuses(some, r"ids up to 3[2-3]\d, .* embeds 320; set data.source.tokenizer")
+
+
+def test_tokenizer_without_bos_and_eos(files, tmp_path):
+    tiny_tokenizer(special=False).save_pretrained(tmp_path)
+    refuses(source(files, tokenizer=str(tmp_path)), "neither BOS nor EOS; set data.source.prepend_bos=false")
+    chunks = harvest(source(files, tokenizer=str(tmp_path), prepend_bos=False))
+    assert all(
+        len(c.splits["train"].index["position"]) == c.splits["train"].index["tokens"].numel() for c in chunks[:-1]
+    )
+    assert source(files, tokenizer=str(tmp_path)).identity(RESID)["dropped_ids"] == []
 
 
 def test_every_token_masked(files, tmp_path):
@@ -345,9 +352,7 @@ def test_overflow_and_nan(files, tmp_path):
     )
     assert harvest(source(files, model=str(big), dtype="bfloat16"))
     nan = tiny_model(tmp_path / "nan", scale=float("nan"))
-    refuses(
-        source(files, model=str(nan)), RESID, "NaN or Inf in the model", r"data\.source\.model_dtype=float32"
-    )
+    refuses(source(files, model=str(nan)), RESID, "NaN or Inf in the model", r"data\.source\.model_dtype=float32")
 
 
 def test_loading_is_quiet(files, capfd):

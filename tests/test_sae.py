@@ -101,7 +101,7 @@ def test_gradients_equal_finite_differences() -> None:
                 flat[i] = value + sign * step
                 moved = matryoshka_loss(sae, x)
                 assert torch.equal(moved.acts > 0, reference.acts > 0), "the active set changed"
-                ends.append(float(moved.total))
+                ends.append(float(moved.total.detach()))
             flat[i] = value
             assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(analytic, rel=1e-6, abs=1e-6)
 
@@ -155,7 +155,7 @@ def test_two_by_three_by_hand(k, acts, prefixes) -> None:
     loss = matryoshka_loss(sae, torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
     torch.testing.assert_close(loss.acts, torch.tensor(acts, dtype=torch.float64), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(loss.prefixes, torch.tensor(prefixes, dtype=torch.float64), rtol=1e-6, atol=0)
-    assert float(loss.total) == pytest.approx(sum(prefixes), rel=1e-6)
+    assert float(loss.total.detach()) == pytest.approx(sum(prefixes), rel=1e-6)
 
 
 # --- BatchTopK -------------------------------------------------------------------------------------------------
@@ -302,6 +302,23 @@ def test_quantile_threshold_equals_a_full_sort(k, split) -> None:
     assert int((pre > theta).sum()) == round(k * 1000)
 
 
+@pytest.mark.xfail(strict=True, reason="the annotation asks for batches of one size; beartype looks at one of them")
+def test_quantile_threshold_takes_a_list_of_unequal_batches() -> None:
+    for seed in range(20):
+        quantile_threshold(list(rows(10, 4, seed).split(3)), 1, 10)
+
+
+@pytest.mark.xfail(strict=True, reason="float(…) of a tensor with a gradient warns once, and keeps every batch's graph")
+def test_quantile_threshold_takes_batches_with_a_gradient() -> None:
+    pre = rows(10, 4).requires_grad_()
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        quantile_threshold(iter(pre.split(5)), 1, 10)
+    finally:
+        torch.set_warn_always(before)
+
+
 def test_quantile_threshold_is_never_negative_and_needs_rows() -> None:
     assert quantile_threshold([torch.tensor([[1.0, -1.0], [-2.0, -3.0]])], 2, 2) == 0.0
     with pytest.raises(ValueError, match=r"^there are no held-out rows[^\n]*$"):
@@ -310,7 +327,7 @@ def test_quantile_threshold_is_never_negative_and_needs_rows() -> None:
 
 def test_calibrated_inference_has_l0_k() -> None:
     sae, x = make(8, 32, [8, 32], k=5, dtype=torch.float32), rows(400, 8, dtype=torch.float32)
-    sae.threshold.fill_(quantile_threshold((sae.pre(part) for part in x.split(33)), sae.k, len(x)))
+    sae.threshold.fill_(quantile_threshold((sae.pre(part).detach() for part in x.split(33)), sae.k, len(x)))
     acts = sae.encode(x)
     assert int((acts > 0).sum()) == 5 * 400
     assert torch.equal(acts, sae.select(sae.pre(x)))  # on these rows the two agree
@@ -381,7 +398,7 @@ def test_dead_counts_tokens() -> None:
 def test_statistics_give_unit_variance_and_the_mean() -> None:
     sae, x = make(dtype=torch.float32), rows(1000, 4) * 30 + 100
     sae.set_statistics(x.mean(0), float(x.square().sum(1).mean()))
-    centred = x * sae.scale - sae.b_dec
+    centred = x * sae.scale - sae.b_dec.detach()
     assert float(centred.square().sum(1).mean()) == pytest.approx(1, rel=1e-4)
     assert centred.mean(0).abs().max() < 1e-5
     with pytest.raises(ValueError, match=r"^the activations have variance 0[^\n]*nothing to reconstruct$"):

@@ -33,9 +33,7 @@ def main(cfg: DictConfig) -> None:
     (directory / "argv.json").write_text(json.dumps(sys.argv[1:]))
     os.environ["LOCAL_RANK"] = "1"  # what DDP leaves behind
     if k != 16:
-        (directory / "metrics.json").write_text(
-            json.dumps({"val/fvu/p2": 0.5, "val/fvu/p20": k / 10, "loss": 1})
-        )
+        (directory / "metrics.json").write_text(json.dumps({"val/fvu/p2": 0.5, "val/fvu/p20": k / 10, "loss": 1}))
 
 
 @pytest.fixture
@@ -108,9 +106,7 @@ def test_the_command_line_beats_the_sweep_file(conf: Path, monkeypatch: Patch) -
     ]
 
 
-def test_a_sweep_file_chooses_what_the_terminal_shows(
-    conf: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
+def test_a_sweep_file_chooses_what_the_terminal_shows(conf: Path, monkeypatch: Patch, capsys: Capture) -> None:
     assert run(conf, monkeypatch, "+sweeps=loss") == 0
     header = next(line for line in capsys.readouterr().out.splitlines() if "seed " in line and "job " in line)
     assert header.replace("┃", " ").split() == ["job", "seed", "loss", "nowhere"]
@@ -128,9 +124,7 @@ def test_a_bug_in_a_job_shows_its_traceback_and_the_others_finish(
 
 def test_an_unknown_key_fails_every_job(conf: Path, monkeypatch: Patch, capsys: Capture) -> None:
     assert run(conf, monkeypatch, "-m", "model.kk=1,2") == 1
-    assert (
-        "failed: job 1 (model.kk=2): unknown key model.kk; did you mean model.k?\n" in capsys.readouterr().err
-    )
+    assert "failed: job 1 (model.kk=2): unknown key model.kk; did you mean model.k?\n" in capsys.readouterr().err
 
 
 def test_a_sweep_that_cannot_be_composed_leaves_nothing(conf: Path, monkeypatch: Patch) -> None:

@@ -128,6 +128,8 @@ def test_hub_that_hangs_counts_as_offline(no_hub, monkeypatch):
 
 
 def test_hub_that_answers_anything_is_reachable(no_hub, monkeypatch):
+    asked: list[int] = []
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
             self.send_error(404)
@@ -141,7 +143,9 @@ def test_hub_that_answers_anything_is_reachable(no_hub, monkeypatch):
     try:
         assert hub_reachable()
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(huggingface_hub.utils, "get_session", lambda: asked.append(1))
         assert not hub_reachable()
+        assert not asked
     finally:
         server.shutdown()
         server.server_close()
@@ -172,9 +176,7 @@ def test_keep_mask_is_by_id_never_by_position():
     assert keep_mask(none, []).all()
     # An attention mask drops padding that looks like text, and pad == eos needs no mask.
     assert keep_mask(none, [bos], torch.tensor([[0, 1, 1]])).tolist() == [[False, True, True]]
-    assert keep_mask(torch.tensor([[5, bos, bos]]), [bos], torch.tensor([[1, 1, 0]])).tolist() == [
-        [True, False, False]
-    ]
+    assert keep_mask(torch.tensor([[5, bos, bos]]), [bos], torch.tensor([[1, 1, 0]])).tolist() == [[True, False, False]]
 
 
 def test_special_ids_have_added_tokens_too():
@@ -219,6 +221,10 @@ def test_separators_in_the_text_are_not_doubled():
     assert sequences[0] == [0, 1, 2, 0]
     assert sequences[1] == [0, 3, 4, 5]
     assert all(s[0] == EOT and s[1] != EOT for s in sequences)
+    packer = Packer(8, EOT, prepend_bos=True)
+    for ids in ([1, EOT, EOT], [EOT, 2, 3], [4, 5, 6]):
+        packer.add(ids)
+    assert packer.pop() == [0, 1, 0, 2, 3, 0, 4, 5]
 
 
 @pytest.mark.parametrize("prepend_bos", [True, False])

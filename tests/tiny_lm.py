@@ -31,10 +31,8 @@ def tiny_tokenizer(special: bool = True, size: int = 300) -> Any:
     )
 
 
-def tiny_model(
-    directory: Path, tokenizer: Any = None, seed: int = 0, scale: float = 1.0, **config: Any
-) -> Path:
-    """Save a random GPT-2 (2 layers, width 32, 4 heads, context 64) and tokenizer; `scale` is on the embedding."""
+def tiny_model(directory: Path, tokenizer: Any = None, seed: int = 0, scale: float = 1.0, **config: Any) -> Path:
+    """Save a random GPT-2 (2 layers, width 32, 4 heads, context 64), embeddings times `scale`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     tokenizer = tiny_tokenizer() if tokenizer is None else tokenizer

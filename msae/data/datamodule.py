@@ -52,11 +52,21 @@ class ActivationData(L.LightningDataModule):
         return self._shards
 
     def steps(self, tokens: int, world: int = 1, accumulate: int = 1) -> int:
-        """Optimizer steps for a token budget: ceil(tokens / (batch_tokens · world · accumulate)), or one epoch."""
-        per_step = self.batch_tokens * world * accumulate
+        """Optimizer steps for a token budget: ceil(tokens / (batch_tokens · world · accumulate)), or one epoch.
+
+        Raises ValueError if there are fewer rows than a batch, or not one step fits.
+        """
+        per_step, rows = self.batch_tokens * world * accumulate, sum(self.shards.rows("train"))
+        if rows < self.batch_tokens * world:
+            raise ValueError(
+                f"{self.shards.directory} has {rows} training rows, fewer than a batch of "
+                f"{self.batch_tokens} × {world}; lower data.batch_tokens or harvest more rows"
+            )
         wanted = -(-tokens // per_step)
         if self.exhausted == "stop":
-            wanted = min(wanted, sum(self.shards.rows("train")) // per_step)
+            wanted = min(wanted, rows // per_step)
+        if wanted <= 0:
+            raise ValueError(f"tokens={tokens} with {rows} training rows is not one step of {per_step}; raise tokens")
         return wanted
 
     def train_dataloader(self) -> TrainBatches:

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.metadata
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -31,9 +32,7 @@ SETTINGS = ["context", "prepend_bos", "dtype", "model_dtype", "compatibility_mod
 SETTINGS += ["tokens", "val_fraction", "val_tokens", "chunk_tokens", "model_batch"]
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json")
-PROBE_TOKENS = (
-    7  # few, and no usual number of heads, so that [batch, head, ...] is not taken for [batch, pos, ...]
-)
+PROBE_TOKENS = 7  # few, and no usual number of heads: [batch, head, …] is not taken for [batch, pos, …]
 
 
 class LanguageModelSource:
@@ -42,9 +41,9 @@ class LanguageModelSource:
     `model` and `tokenizer` are hub names or directories made by save_pretrained; `text*` are as in
     `msae.data.text.documents`. Documents are packed into sequences of `context` tokens, and attention reaches
     across the documents in a sequence. Rows at special tokens (BOS too) are dropped. Train has `tokens` rows,
-    fewer if the text ends; val has at most `val_tokens`, from a `val_fraction` of the documents. Rows are
-    stored as `dtype` and computed in `model_dtype`, `model_batch` sequences a forward. A chunk is
-    `chunk_tokens` tokens of train sequences; rows are shuffled within it. `compatibility_mode` folds
+    fewer if the text ends; val has at most `val_tokens` and at most its share, from a `val_fraction` of the
+    documents. Rows are stored as `dtype` and computed in `model_dtype`, `model_batch` sequences a forward. A
+    chunk is `chunk_tokens` tokens of train sequences; rows are shuffled within it. `compatibility_mode` folds
     LayerNorm and centres the weights as the first TransformerLens did; without it activations are those of
     transformers. Raises ValueError for impossible settings; the model, hooks and text are looked at only when
     they are needed.
@@ -83,18 +82,14 @@ class LanguageModelSource:
             raise ValueError(f"data.source.context={context} has no room for text; set it to 2 or more")
         if not 0 <= val_fraction < 1 or val_tokens < 0:
             raise ValueError(
-                f"data.source.val_fraction={val_fraction} is outside [0, 1), or val_tokens={val_tokens} negative"
+                f"data.source.val_fraction={val_fraction} must be in [0, 1), val_tokens={val_tokens} not < 0"
             )
         self.hook_names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
         if not self.hook_names or len(set(self.hook_names)) < len(self.hook_names):
             raise ValueError(f"data.source.hook_names={self.hook_names} must be one or more, each once")
         self.model, self.tokenizer, self.revision = model, tokenizer, revision
-        self.text, self.text_split, self.text_field, self.text_config = (
-            text,
-            text_split,
-            text_field,
-            text_config,
-        )
+        self.text, self.text_split = text, text_split
+        self.text_field, self.text_config = text_field, text_config
         self.context, self.tokens, self.prepend_bos, self.seed = context, tokens, prepend_bos, seed
         self.val_fraction, self.val_tokens = val_fraction, val_tokens
         self.dtype, self.model_dtype, self.compatibility_mode = dtype, model_dtype, compatibility_mode
@@ -106,20 +101,17 @@ class LanguageModelSource:
     @property
     def name(self) -> str:
         """The last part of the model's path or name, fit for a directory's name."""
-        return (
-            re.sub(r"[^A-Za-z0-9_.]+", "-", Path(self.model).expanduser().resolve().name).strip("-.").lower()
-        )
+        last = Path(self.model).expanduser().resolve().name
+        return re.sub(r"[^A-Za-z0-9_.]+", "-", last).strip("-.").lower()
 
     def identity(self, hook_name: str) -> dict[str, Any]:
         """What decides the shards' bytes, from the files alone. Raises ValueError if they are not there."""
         if self._files is None:
-            tokenizer = self.tokenizer or self.model
-            revision = None if self.tokenizer else self.revision
             self._files = {
                 "model": model_identity(self.model, self.revision, WEIGHTS),
-                "tokenizer": model_identity(tokenizer, revision, TOKENIZER),
+                "tokenizer": model_identity(*self._tokenizer(), TOKENIZER),
                 "text": text_identity(self.text, split=self.text_split, config=self.text_config),
-                "dropped_ids": special_ids(load_tokenizer(tokenizer, revision)),
+                "dropped_ids": special_ids(load_tokenizer(*self._tokenizer())),
             }
         settings = {key: getattr(self, key) for key in SETTINGS}
         return {"source": "language_model", "hook_name": hook_name, **self._files, **settings}
@@ -127,16 +119,18 @@ class LanguageModelSource:
     def provenance(self) -> dict[str, Any]:
         """Paths as they were given, the device, and the versions of what computed the rows."""
         libraries = ("torch", "transformer_lens", "transformers", "datasets")
-        given = {
-            k: getattr(self, k)
-            for k in ("model", "tokenizer", "revision", "text", "text_split", "text_config")
-        }
+        keys = ("model", "tokenizer", "revision", "text", "text_split", "text_config")
+        given = {key: getattr(self, key) for key in keys}
         versions = {name: importlib.metadata.version(name) for name in libraries}
         return {**given, "device": str(pick_device(self.device)), "versions": versions}
 
     def expected_rows(self) -> int:
         """The most rows there can be, train and val."""
-        return self.tokens + (self.val_tokens if self.val_fraction else 0)
+        return self.tokens + self._val_limit()
+
+    def _val_limit(self) -> int:
+        """The most val rows: `val_tokens`, or its share if that is less, so that the estimate is close."""
+        return min(self.val_tokens, math.ceil(self.tokens * self.val_fraction / (1 - self.val_fraction)))
 
     def d_in(self, hook_name: str) -> int:
         """The width of a row, found by running the model on a few tokens. Raises as `chunks` does."""
@@ -160,7 +154,8 @@ class LanguageModelSource:
         together, for rows that are not finite in the storage dtype, and for a chunk without one token to
         keep.
         """
-        bridge, tokenizer = self._load()
+        bridge = self._load()
+        tokenizer = load_tokenizer(*self._tokenizer())  # not the bridge's own, which always has a BOS and an EOS
         done = state or {}
         pass_over_text = token_chunks(
             self._open_documents,
@@ -169,7 +164,7 @@ class LanguageModelSource:
             tokens=self.tokens,
             chunk_sequences=max(1, self.chunk_tokens // self.context),
             val_fraction=self.val_fraction,
-            val_tokens=self.val_tokens,
+            val_tokens=self._val_limit(),
             prepend_bos=self.prepend_bos,
             seed=self.seed,
             state=state,
@@ -183,13 +178,17 @@ class LanguageModelSource:
         finally:
             self._bridge = None  # training follows in the same process and wants the memory
 
+    def _tokenizer(self) -> tuple[str, str | None]:
+        """The name and revision of the tokenizer."""
+        return (self.tokenizer, None) if self.tokenizer else (self.model, self.revision)
+
     def _open_documents(self, skip: int) -> Iterator[str]:
         how = {"split": self.text_split, "field": self.text_field, "config": self.text_config}
         revision = self.identity(self.hook_names[0])["text"].get("revision")
         return documents(self.text, **how, revision=revision, skip=skip)  # type: ignore[arg-type]
 
-    def _load(self) -> tuple[Any, Any]:
-        """The model and its tokenizer, checked against each other and against the settings, loaded once."""
+    def _load(self) -> Any:
+        """The model, checked against the tokenizer and the settings, loaded once."""
         if self._bridge is None:
             bridge = load_bridge(
                 self.model,
@@ -206,14 +205,14 @@ class LanguageModelSource:
                 )
             self._widths = hook_widths(bridge, self.hook_names)
             self._bridge = bridge
-        return self._bridge, self._bridge.tokenizer
+        return self._bridge
 
     def _harvest(
         self, bridge: Any, chunk: TokenChunk, special: list[int], done: dict[str, Any], number: int
     ) -> dict[str, Split]:
         """The chunk's splits; the state `done` before it tells how many rows are still wanted."""
         splits = {}
-        wanted = {"train": (chunk.train, self.tokens), "val": (chunk.val, self.val_tokens)}
+        wanted = {"train": (chunk.train, self.tokens), "val": (chunk.val, self._val_limit())}
         for split, (tokens, total) in wanted.items():
             if len(tokens) == 0:
                 continue
@@ -300,9 +299,7 @@ def local_directory(model: str) -> Path | None:
     path = Path(model).expanduser()
     if path.is_dir():
         if not any(path.iterdir()):
-            raise ValueError(
-                f"the directory {model} is empty; data.source.model takes one made by save_pretrained"
-            )
+            raise ValueError(f"the directory {model} is empty; data.source.model takes one made by save_pretrained")
         return path
     if path.exists() or looks_local(model):
         raise ValueError(
@@ -319,9 +316,7 @@ def hub_commit(model: str, revision: str | None) -> str:
     reason = ""
     for name in ("config.json", "tokenizer_config.json"):  # what holds a tokenizer alone has the second
         try:
-            return Path(
-                hf_hub_download(model, name, revision=revision, local_files_only=not online)
-            ).parent.name
+            return Path(hf_hub_download(model, name, revision=revision, local_files_only=not online)).parent.name
         except (OSError, ValueError) as error:
             reason = reason or one_line(error)
     if not online:
@@ -389,11 +384,10 @@ def load_bridge(
     target, compute = pick_device(device), torch_dtype(dtype, "data.source.model_dtype")
     directory = local_directory(model)
     if directory is not None and not (directory / "config.json").is_file():
-        raise ValueError(
-            f"{model} has no config.json; data.source.model takes a directory made by save_pretrained"
-        )
+        raise ValueError(f"{model} has no config.json; data.source.model takes a directory made by save_pretrained")
     commit = None if directory is not None else hub_commit(model, revision)
     own = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(model, revision)
+    top = max(own.get_vocab().values(), default=0)  # before transformer_lens adds what it misses
     with quiet():
         from transformer_lens.model_bridge import TransformerBridge
 
@@ -409,7 +403,6 @@ def load_bridge(
         if compatibility_mode:
             bridge.enable_compatibility_mode()
     bridge.eval().requires_grad_(False)
-    top = max(own.get_vocab().values(), default=0)
     if top >= bridge.cfg.d_vocab:
         raise ValueError(
             f"the tokenizer {tokenizer or model} has ids up to {top}, {model} embeds {bridge.cfg.d_vocab}; "
@@ -463,9 +456,7 @@ def hook_widths(bridge: Any, hook_names: list[str]) -> dict[str, int]:
                 f"[{nearest(name.replace('hook_result', 'hook_z'), firing_names(bridge))}]"
             )
         shape = tuple(found[name].shape)
-        per_token = (
-            len(shape) in (3, 4) and shape[:2] == (2, length) and not (len(shape) == 4 and shape[3] == length)
-        )
+        per_token = len(shape) in (3, 4) and shape[:2] == (2, length) and not (len(shape) == 4 and shape[3] == length)
         if not (per_token and found[name].is_floating_point()):
             raise ValueError(
                 f"{name} has shape {shape} for tokens {(2, length)}, not a row for each token; "
@@ -486,8 +477,7 @@ def check_hook_name(bridge: Any, name: str) -> None:
             f"set data.source.hook_names=[blocks.{layers - 1}.{name.split('.', 2)[2]}]"
         )
     raise ValueError(
-        f"the model has no hook {name}; the nearest is data.source.hook_names="
-        f"[{nearest(name, list(bridge.hook_dict))}]"
+        f"the model has no hook {name}; try data.source.hook_names=[{nearest(name, list(bridge.hook_dict))}]"
     )
 
 

@@ -147,9 +147,7 @@ def documents(
         )
     if not isinstance(first[field], str | None):
         kind = type(first[field]).__name__
-        raise ValueError(
-            f"field {field!r} of {path_or_name} holds {kind}, not text; set data.source.text_field"
-        )
+        raise ValueError(f"field {field!r} of {path_or_name} holds {kind}, not text; set data.source.text_field")
     yield first[field] or ""
     for row in iterator:
         yield row[field] or ""
@@ -163,9 +161,7 @@ def open_rows(path_or_name: str, split: str, config: str | None, revision: str |
     if files is None:
         online = hub_reachable()
         try:
-            return datasets.load_dataset(
-                path_or_name, config, split=split, streaming=online, revision=revision
-            )
+            return datasets.load_dataset(path_or_name, config, split=split, streaming=online, revision=revision)
         except Exception as error:
             why = unreadable(path_or_name, error)
             if not online:
@@ -213,14 +209,10 @@ class Packer:
     `left`.
     """
 
-    def __init__(
-        self, context: int, separator: int | None, prepend_bos: bool, left: list[int] | None = None
-    ) -> None:
+    def __init__(self, context: int, separator: int | None, prepend_bos: bool, left: list[int] | None = None) -> None:
         self.context, self.separator, self.prepend_bos = context, separator, prepend_bos
         self.buffer = list(left or [])
-        self.start = (
-            0  # an offset, because deleting from the front for each sequence is quadratic in a long document
-        )
+        self.start = 0  # an offset, because deleting from the front for each sequence is quadratic in a long document
 
     @property
     def left(self) -> list[int]:
@@ -331,17 +323,12 @@ def token_chunks(
         "read": 0,
     }
     count: dict[str, int] = {key: int((state or {}).get(key, 0)) for key in empty}
-    packers = {
-        s: Packer(context, separator, prepend_bos, (state or {}).get(f"{s}_left")) for s in ("train", "val")
-    }
+    packers = {s: Packer(context, separator, prepend_bos, (state or {}).get(f"{s}_left")) for s in ("train", "val")}
     ready: dict[str, list[list[int]]] = {"train": [], "val": []}
 
     def take(split: str, limit: int) -> None:
         """Move sequences from the packer until the chunk or the split is full."""
-        while (
-            len(ready[split]) < limit
-            and count[f"{split}_tokens"] < {"train": tokens, "val": val_tokens}[split]
-        ):
+        while len(ready[split]) < limit and count[f"{split}_tokens"] < {"train": tokens, "val": val_tokens}[split]:
             sequence = packers[split].pop()
             if sequence is None:
                 return

@@ -39,9 +39,7 @@ def cross_entropy_recovered(
     check_hook_name(bridge, hook_name)
     if hook_name.endswith("hook_resid_mid"):
         # In transformer_lens 4 this is the second norm's input: the skip connection carries the original on.
-        raise ValueError(
-            f"{hook_name} can be read but not replaced; evaluate at hook_resid_pre or hook_resid_post"
-        )
+        raise ValueError(f"{hook_name} can be read but not replaced; evaluate at hook_resid_pre or hook_resid_post")
     if taken := {"orig", "zero"} & set(reconstruct):
         raise ValueError(f"the reconstructions' names {sorted(taken)} are taken; rename them")
     special = list(special_ids)
@@ -54,16 +52,15 @@ def cross_entropy_recovered(
             part = some.to(bridge.cfg.device)
             keep = keep_mask(part, special)
             scored = keep[:, :-1] & keep[:, 1:]
-            if scored.any():
-                target = part[:, 1:][scored]
-                original = log_probabilities(bridge(part), scored)
-                ce["orig"] += negative_log_likelihood(original, target)
-                for name, function in splices.items():
-                    logits = bridge.run_with_hooks(part, fwd_hooks=[(hook_name, splice(function, keep))])
-                    spliced = log_probabilities(logits, scored)
-                    ce[name] += negative_log_likelihood(spliced, target)
-                    kl[name] += kl_divergence(original, spliced)
-                count += len(target)
+            target = part[:, 1:][scored]
+            original = log_probabilities(bridge(part), scored)
+            ce["orig"] += negative_log_likelihood(original, target)
+            for name, function in splices.items():
+                logits = bridge.run_with_hooks(part, fwd_hooks=[(hook_name, splice(function, keep))])
+                spliced = log_probabilities(logits, scored)
+                ce[name] += negative_log_likelihood(spliced, target)
+                kl[name] += kl_divergence(original, spliced)
+            count += len(target)
             bar.update(part.numel())
     if count == 0:
         raise ValueError(f"none of {tokens.numel()} tokens is kept together with its next; give other text")
@@ -86,9 +83,7 @@ def splice(function: Reconstruct, keep: Tensor) -> Callable[..., Tensor]:
         flat = value.flatten(2).clone()
         rows = flat[keep].float()
         new = function(rows)
-        assert new.shape == rows.shape, (
-            f"reconstruction has shape {tuple(new.shape)}, expected {tuple(rows.shape)}"
-        )
+        assert new.shape == rows.shape, f"reconstruction has shape {tuple(new.shape)}, expected {tuple(rows.shape)}"
         flat[keep] = new.to(flat.dtype)
         return flat.view_as(value)
 

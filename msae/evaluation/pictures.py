@@ -19,7 +19,7 @@ def decoder_against_truth(arms: dict[str, Tensor], features: Tensor, parent: Ten
     axes = figure.subplots(1, len(arms), squeeze=False)[0]
     image = None
     for axis, (name, W_dec) in zip(axes, arms.items(), strict=True):
-        cos = cosines(W_dec.cpu(), features)
+        cos = cosines(W_dec.detach().cpu(), features)
         latents, matched = match(cos)
         latent_of = dict(zip(matched.tolist(), latents.tolist(), strict=True))
         rows = [latent_of[f] for f in order if f in latent_of]

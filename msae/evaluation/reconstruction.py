@@ -18,6 +18,7 @@ class ReconstructionSums:
         device = sae.W_dec.device
         shapes = {
             "tokens": (),
+            "nonzero": (),
             "x": (sae.d_in,),
             "x_square": (),
             "error": (n,),
@@ -34,9 +35,11 @@ class ReconstructionSums:
         """Add a batch of raw activations, encoded as at inference (by threshold)."""
         acts = sae.encode(x)
         exact = x.double()
-        norm = exact.norm(dim=1).clamp_min(1e-30)
+        norm = exact.norm(dim=1)
+        nonzero = norm > 0  # a direction and a ratio of norms only exist there
         t = self.tensors
         t["tokens"] += len(x)
+        t["nonzero"] += nonzero.sum()
         t["x"] += exact.sum(0)
         t["x_square"] += exact.square().sum()
         t["fired"] += (acts > 0).sum(0)
@@ -46,18 +49,18 @@ class ReconstructionSums:
             t["error"][i] += (exact - recon).square().sum()
             t["recon_square"][i] += recon.square().sum()
             t["product"][i] += product.sum()
-            t["cosine"][i] += (product / (norm * recon_norm.clamp_min(1e-30))).sum()
-            t["norm_ratio"][i] += (recon_norm / norm).sum()
+            t["cosine"][i] += (product / (norm * recon_norm).clamp_min(1e-30))[nonzero].sum()
+            t["norm_ratio"][i] += (recon_norm / norm)[nonzero].sum()
 
     def metrics(self) -> dict[str, float]:
         """Flat `name/p{width}` for every prefix.
 
         mse = E‖x − x̂‖² / d_in;  fvu = E‖x − x̂‖² / (E‖x‖² − ‖E x‖²);  l0 = active latents a token;
-        dead = share of latents that never fired;  cosine = E cos(x, x̂);  l2_ratio = E ‖x̂‖/‖x‖;
+        dead = share of latents that never fired;  cosine = E cos(x, x̂);  l2_ratio = E ‖x̂‖/‖x‖ (both over x ≠ 0);
         bias = E‖x̂‖² / E⟨x, x̂⟩ (1: no shrinkage);  dense_1pct, dense_10pct = share of latents firing on more tokens.
         """
         t = {name: tensor.cpu() for name, tensor in self.tensors.items()}
-        tokens = float(t["tokens"])
+        tokens, nonzero = float(t["tokens"]), max(1.0, float(t["nonzero"]))
         assert tokens > 0, "no batch was added"
         variance = float(t["x_square"] - t["x"].square().sum() / tokens)
         density = t["fired"] / tokens
@@ -69,8 +72,8 @@ class ReconstructionSums:
                 "fvu": error / variance if variance > 0 else float("nan"),
                 "l0": float(density[:width].sum()),
                 "dead": float((density[:width] == 0).double().mean()),
-                "cosine": float(t["cosine"][i]) / tokens,
-                "l2_ratio": float(t["norm_ratio"][i]) / tokens,
+                "cosine": float(t["cosine"][i]) / nonzero,
+                "l2_ratio": float(t["norm_ratio"][i]) / nonzero,
                 "bias": float(t["recon_square"][i]) / product if product else float("nan"),
                 "dense_1pct": float((density[:width] > 0.01).double().mean()),
                 "dense_10pct": float((density[:width] > 0.1).double().mean()),

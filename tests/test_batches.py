@@ -1,0 +1,333 @@
+"""Batches: every row exactly once an epoch, a pure function of their number, mixed, resumable, and never a copy."""
+
+import json
+import os
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from msae.data.batches import RowOrder, TrainBatches, ValBatches, prefetched
+from msae.data.harvest import harvest
+from msae.data.shards import Shards
+from msae.data.source import Chunk, Split
+
+
+class Numbered:
+    """Shards of given sizes whose rows hold (their own number, minus it), train from 0 and val from 0."""
+
+    name, hook_names = "numbered", ("hook",)
+
+    def __init__(self, train: list[int], val: list[int]) -> None:
+        self.sizes = {"train": train, "val": val}
+
+    def identity(self, hook_name: str) -> dict[str, Any]:
+        return self.sizes
+
+    def provenance(self) -> dict[str, Any]:
+        return {}
+
+    def expected_rows(self) -> int:
+        return sum(map(sum, self.sizes.values()))
+
+    def d_in(self, hook_name: str) -> int:
+        return 2
+
+    def bytes_per_row(self, hook_name: str) -> int:
+        return 8
+
+    def chunks(self, state: dict[str, Any] | None) -> Iterator[Chunk]:
+        for number in range(max(map(len, self.sizes.values()))):
+            splits = {}
+            for split, sizes in self.sizes.items():
+                if number < len(sizes):
+                    rows = sum(sizes[:number]) + torch.arange(sizes[number])
+                    splits[split] = Split({"hook": torch.stack([rows, -rows], 1).float()})
+            yield Chunk(splits, {"n": number})
+
+    def truth(self) -> None:
+        return None
+
+
+@pytest.fixture
+def make(tmp_path):
+    def shards(train: list[int], val: tuple[int, ...] = (5,)) -> Shards:
+        return harvest(Numbered(train, list(val)), tmp_path, show=False)["hook"]
+
+    return shards
+
+
+def numbers(batches: Any) -> list[int]:
+    rows = torch.cat(list(batches))
+    assert torch.equal(rows[:, 0], -rows[:, 1])  # whole rows
+    return rows[:, 0].long().tolist()
+
+
+def threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name == "msae-prefetch"]
+
+
+SIZES = [[1000], [300, 300, 300], [256, 512, 257, 1], [7, 3, 90], [0, 40, 0, 25, 0], [600, 20_000]]
+
+
+# --- training --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(("block", "pool"), [(256, 64), (16, 3), (1, 1)])
+def test_every_row_stands_exactly_once_in_an_epoch(sizes, block, pool) -> None:
+    total, order = sum(sizes), RowOrder(sizes, 0, block, pool)
+    if total > 5000 and block == 1:
+        pytest.skip("a pool a row")
+    for epoch in (0, 1, 7):
+        rows = order.rows(epoch * total, (epoch + 1) * total)
+        assert rows.sort().values.tolist() == list(range(total))
+        middle = order.rows(epoch * total + total // 3, epoch * total + total // 2)
+        assert torch.equal(middle, rows[total // 3 : total // 2])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(("batch", "world"), [(2, 1), (13, 1), (16, 3), (60, 1)])
+def test_every_row_comes_exactly_once_an_epoch(make, sizes, batch, world) -> None:
+    """The batches of all ranks within an epoch share no row; the one across its end has all that were missing."""
+    shards, total = make(sizes), sum(sizes)
+    step = batch * world
+    ranks = [TrainBatches(shards, batch, 10**6, 0, rank, world) for rank in range(world)]
+    full, left = divmod(total, step)
+    if full > 2000:
+        full, left = 200, 0
+    rows: list[int] = []
+    for number in range(full):
+        parts = [rank.batch(number) for rank in ranks]
+        assert all(part.shape == (batch, 2) for part in parts)
+        rows += numbers(parts)
+    assert len(set(rows)) == len(rows) == full * step
+    if left:
+        across = numbers(rank.batch(full) for rank in ranks)
+        missing = set(range(total)) - set(rows)
+        assert len(missing) == left
+        assert missing <= set(across)
+
+
+def test_one_epoch_of_dividing_batches_is_every_row_once(make) -> None:
+    shards = make([300, 300, 300])
+    ranks = [numbers(TrainBatches(shards, 50, 6, 0, rank, 3)) for rank in range(3)]
+    assert sorted(sum(ranks, [])) == list(range(900))  # noqa: RUF017
+    assert all(len(rows) == 300 for rows in ranks)  # so no rank has a row of another
+
+
+def test_batches_are_a_function_of_their_number(make) -> None:
+    shards = make([1000, 700, 3])
+    iterated = list(TrainBatches(shards, 64, 60, seed=3))
+    fresh = TrainBatches(shards, 64, 60, seed=3)
+    for number in [59, 0, 31, 30, 26, 27, 59, 1]:
+        assert torch.equal(fresh.batch(number), iterated[number]), number
+    assert len(fresh) == len(iterated) == 60
+    assert not torch.equal(TrainBatches(shards, 64, 60, seed=4).batch(0), iterated[0])
+
+
+def test_epochs_differ_in_order_and_so_do_seeds() -> None:
+    order = RowOrder([1000, 500], seed=0)
+    first, second = order.rows(0, 1500), order.rows(1500, 3000)
+    other = RowOrder([1000, 500], seed=1).rows(0, 1500)
+    chance = 1500 / 1500  # fixed points of a random permutation: one
+    for a, b in ((first, second), (first, other), (first, torch.arange(1500))):
+        assert int((a == b).sum()) < 10 * chance
+
+    order = RowOrder([64_000], seed=0)  # 250 blocks: a pool of 64 has others in the next epoch
+    pools = [set(order.rows(epoch * 64_000, epoch * 64_000 + 16_000).tolist()) for epoch in (0, 1)]
+    assert len(pools[0] & pools[1]) < 8_000
+
+
+@pytest.mark.parametrize("stops", [[7], [3, 4], [1, 1, 1], [29, 1], [0, 58]])
+def test_resuming_equals_going_on(make, stops) -> None:
+    """29.3 batches an epoch: the stops fall within, at and beyond its end."""
+    shards = make([1000, 875])
+    whole = list(TrainBatches(shards, 64, 70, seed=5, rank=1, world=1 + 1))
+    batches, got = TrainBatches(shards, 64, 70, 5, 1, 2), []
+    for stop in stops:
+        iterator = iter(batches)
+        got += list(islice(iterator, stop))
+        iterator.close()
+        state = json.loads(json.dumps(batches.state_dict()))
+        assert state["position"] == len(got)
+        assert state["epoch"] * 1875 + state["row"] == len(got) * 128
+        batches = TrainBatches(shards, 64, 70, 5, 1, 2)
+        batches.load_state_dict(state)
+    got += list(batches)
+    assert len(got) == 70
+    assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_tokens": 32}, "batch_tokens=16, this run has batch_tokens=32"),
+        ({"world": 2}, "world_size=1, this run has world_size=2"),
+        ({"seed": 9}, "data_seed=0, this run has data_seed=9"),
+    ],
+)
+def test_state_of_other_batches_is_refused(make, change, message) -> None:
+    shards = make([1000])
+    state = TrainBatches(shards, 16, 10, 0).state_dict()
+    other = TrainBatches(shards, **{"batch_tokens": 16, "length": 10, "seed": 0, "world": 1, **change})
+    with pytest.raises(ValueError, match=rf"^the checkpoint was made with {message}[^\n]* resume with [^\n]*$"):
+        other.load_state_dict(state)
+    assert other.position == 0
+
+
+def test_state_of_other_shards_is_refused(make) -> None:
+    state = TrainBatches(make([1000]), 16, 10, 0).state_dict()
+    other = TrainBatches(make([500, 500]), 16, 10, 0)
+    with pytest.raises(
+        ValueError, match=r"^the checkpoint was made with shards=[0-9a-f]{12}, this run has shards=[^\n]*$"
+    ):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_fewer_rows_than_a_batch(make, world) -> None:
+    shards = make([50, 49])
+    batch = 100 // world
+    with pytest.raises(
+        ValueError, match=rf"^\S+ has 99 training rows, fewer than one batch of {batch} × {world}; [^\n]*$"
+    ):
+        TrainBatches(shards, batch, 1, 0, world=world)
+
+
+def test_rows_mix_across_shards_and_away_from_their_neighbours() -> None:
+    """A pool is 64 blocks of 256 rows: of two neighbours within a block, one batch of 256 has both 1 time in 64."""
+    sizes, batch = [20_000] * 5, 256
+    rows = RowOrder(sizes, seed=0).rows(0, sum(sizes))
+    batch_of = torch.empty_like(rows)
+    batch_of[rows] = torch.arange(len(rows)) // batch
+    together = float((batch_of[1:] == batch_of[:-1]).double().mean())
+    assert together < 2 / 64
+    shard_of = torch.arange(len(rows)) // 20_000
+    for number in range(0, len(rows) // batch - 1, 10):
+        here = shard_of[batch_of == number].bincount(minlength=5)
+        assert int((here > 0).sum()) >= 4
+        assert int(here.max()) < 0.6 * batch
+
+
+# --- validation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, None), (3, 17), (10, 11), (0, 10**6), (9, 31)])
+@pytest.mark.parametrize(("batch", "world"), [(4, 1), (4, 2), (100, 1), (3, 5)])
+def test_validation_covers_every_row_once(make, batch, world, start, stop) -> None:
+    shards = make([100], (10, 1, 20))
+    ranks = [ValBatches(shards, batch, rank, world, start, stop) for rank in range(world)]
+    lists = [list(rank) for rank in ranks]
+    assert [len(rank) for rank in ranks] == [len(part) for part in lists]
+    wanted = list(range(start, min(31, 31 if stop is None else stop)))
+    assert sorted(numbers(sum(lists, []))) == wanted  # noqa: RUF017
+    assert all(r.tokens == len(wanted) for r in ranks)
+    assert max(len(b) for part in lists for b in part) <= batch
+    if world == 1:
+        assert numbers(lists[0]) == wanted  # in file order
+    assert numbers(sum([list(rank) for rank in ranks], [])) == numbers(sum(lists, []))  # noqa: RUF017
+
+
+def test_validation_without_rows(make) -> None:
+    with pytest.raises(ValueError, match=r"^\S+ has no validation rows; [^\n]*val_fraction$"):
+        ValBatches(make([100], ()), 4)
+
+
+# --- the thread ------------------------------------------------------------------------------------------------
+
+
+def test_error_in_the_thread_reaches_the_consumer() -> None:
+    def items() -> Iterator[Tensor]:
+        yield torch.zeros(1)
+        raise OSError("the disk went away")
+
+    iterator = prefetched(items(), 4)
+    assert torch.equal(next(iterator), torch.zeros(1))
+    with pytest.raises(OSError, match="the disk went away"):
+        next(iterator)
+    assert threads() == []
+
+
+def test_abandoned_iteration_leaves_no_thread(make) -> None:
+    batches = TrainBatches(make([1000]), 16, 10_000, 0)
+    for batch in batches:
+        assert len(batch) == 16
+        assert threads() == ["msae-prefetch"]
+        break
+    assert threads() == []
+    assert batches.position == 1
+    iterator = iter(batches)
+    next(iterator)
+    del iterator
+    assert threads() == []
+    with pytest.raises(RuntimeError, match="the consumer fails"):
+        fail_in_mid_epoch(batches)
+    assert threads() == []
+
+
+def fail_in_mid_epoch(batches: TrainBatches) -> None:
+    for _ in batches:
+        raise RuntimeError("the consumer fails")
+
+
+@pytest.mark.parametrize("depth", [1, 3, pytest.param(0, marks=pytest.mark.xfail(strict=True, reason="0: no bound"))])
+def test_prefetch_runs_ahead_by_its_depth_only(depth) -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[Tensor]:
+        for n in range(1000):
+            made.append(n)
+            yield torch.tensor(n)
+
+    iterator = prefetched(items(), depth)
+    next(iterator)
+    time.sleep(0.1)
+    ahead = len(made)
+    iterator.close()
+    assert ahead <= depth + 2  # the one given, the queue, and the one in hand
+
+
+# --- memory ----------------------------------------------------------------------------------------------------
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_a_large_shard_is_mapped_not_read(tmp_path) -> None:
+    rows, d_in = 100_000, 256  # 102.4 MB, sparse on disk
+    entry = {"dtype": "F32", "shape": [rows, d_in], "data_offsets": [0, 4 * rows * d_in]}
+    header = json.dumps({"activations": entry}).encode()
+    header += b" " * (-len(header) % 8)
+    path = tmp_path / "train-00000.safetensors"
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 4 * rows * d_in)
+    manifest = {
+        "format": "msae-shards",
+        "version": 1,
+        "identity": {},
+        "identity_hash": "0" * 12,
+        "hook_name": "hook",
+        "dtype": "float32",
+        "d_in": d_in,
+        "statistics": {"rows": rows, "mean": [0.0] * d_in, "mean_square": 0.0},
+        "shards": [{"split": "train", "number": 0, "rows": rows, "bytes": path.stat().st_size, "xxh3": ""}],
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    before = resident()
+    batches = TrainBatches(Shards(tmp_path), 64, 10, 0)
+    assert sum(float(batch.sum()) for batch in batches) == 0.0
+    activations = batches.shards.activations("train", 0)
+    assert activations.shape == (rows, d_in)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    assert resident() - before < 30e6

@@ -1,0 +1,291 @@
+"""The command lines as a user runs them: from nothing to sae/, killed and resumed, and what they say to mistakes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from msae import harvest, train
+from msae.config import compose, config_dir
+from msae.data.shards import Shards
+from msae.sae import load_sae
+from tests.tiny_lm import sentences, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+TREE = ["data.source.rows=4000", "data.source.val_rows=1000", "data.source.chunk_rows=2000", "data.batch_tokens=128"]
+SHORT = ["tokens=5000", "checkpoint_every_steps=5", "trainer.log_every_n_steps=5", "trainer.val_check_interval=10"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every command runs in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command in this process; returns exit code, standard output, standard error."""
+
+    def run(command, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [command.__name__, *arguments])
+        code = 0
+        try:
+            command.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+        captured = capsys.readouterr()
+        return code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory) -> list[str]:
+    """Overrides for the language-model experiment on a tiny model and text made here."""
+    root = tmp_path_factory.mktemp("lm")
+    text = root / "text.txt"
+    text.write_text("\n".join(sentences(300)))
+    return [
+        "+experiment=gpt2_l8",
+        f"data.source.model={tiny_model(root / 'model')}",
+        f"data.source.text={text}",
+        "data.source.hook_names=[blocks.1.hook_resid_pre]",
+        "data.source.context=32",
+        "data.source.tokens=4000",
+        "data.source.chunk_tokens=1024",
+        "data.source.val_fraction=0.2",
+        "data.batch_tokens=128",
+        "model.d_sae=64",
+        "model.k=4",
+        "model.warmup_steps=5",
+        "evaluation.ce_sequences=4",
+        *SHORT,
+    ]
+
+
+def only_run(runs: str = "runs") -> Path:
+    (run,) = Path(runs).iterdir()
+    return run
+
+
+def test_the_default_leaves_everything_a_user_wants(call):
+    code, out, err = call(train, *TREE, *SHORT)
+    assert code == 0, err
+    run = only_run()
+    metrics = json.loads((run / "metrics.json").read_text())
+    prefixes = [4, 8, 12, 20]
+    wanted = {f"val/{name}/p{w}" for name in ("mse", "fvu", "l0", "dead") for w in prefixes}
+    wanted |= {f"truth/{n}" for n in ("mcc", "firing_f1", "parent_silent_given_child", "cos_child_parent")} | {
+        "train/k"
+    }
+    assert wanted <= metrics.keys()
+    assert "held-out" in out
+    assert "parent_silent_given_child" in out
+    assert f"{metrics['val/fvu/p20']:.4g}" in out
+    assert abs(metrics["val/l0/p20"] / metrics["train/k"] - 1) < 0.3  # few rows, few distinct values
+
+    sae = load_sae(run / "sae")
+    shards = Shards(next(Path("shards").iterdir()))
+    x = shards.activations("val", 0)[500:]
+    error = (x - sae(x)).double().square().sum() / (x.double() - x.double().mean(0)).square().sum()
+    assert float(error) == pytest.approx(metrics["val/fvu/p20"], rel=1e-4)
+    assert sae.metadata["hook_name"] == "synthetic"
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert "train/fvu/p20" in events.Tags()["scalars"]
+    assert events.Scalars("final/truth/mcc")[-1].value == pytest.approx(metrics["truth/mcc"])
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert (run / "truth.png").stat().st_size > 10_000
+    assert "truth" in events.Tags()["images"]
+
+
+def test_a_run_is_reproducible_from_its_own_config(call):
+    assert call(train, *TREE, *SHORT, "seed=3")[0] == 0
+    first = only_run()
+    code, _, err = call(train, "-cp", str(first.resolve()), "-cn", "config", "run_dir=again")
+    assert code == 0, err
+    same_weights(first, Path("again"))
+
+
+def test_the_language_model_job_from_text_to_sae(call, lm):
+    code, out, err = call(train, *lm)
+    assert code == 0, err
+    run = only_run()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {f"val/ce_score/p{w}" for w in (4, 8, 16, 32, 64)} <= metrics.keys()
+    assert metrics["val/ce/orig"] > 0
+    assert "ce_score" in out
+    assert "harvest: up to" in err
+    assert metrics["val/l0/p64"] == pytest.approx(metrics["train/k"], rel=0.05)
+    sae = load_sae(run / "sae")
+    assert sae.metadata["hook_name"] == "blocks.1.hook_resid_pre"
+    assert sae.metadata["context_size"] == 32
+    assert sae.metadata["prepend_bos"] is True
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
+
+    code, _, err = call(train, *lm, "seed=1", "data.source.seed=0")
+    assert code == 0, err
+    assert "harvest" not in err  # the same identity: the shards were there
+    assert len(list(Path("shards").iterdir())) == 1
+
+
+def test_harvest_alone_several_hooks_and_verify(call, lm):
+    code, out, err = call(harvest, *lm, "data.source.hook_names=[blocks.0.hook_mlp_out,blocks.1.attn.hook_z]")
+    assert code == 0, err
+    assert "blocks.0.hook_mlp_out:" in out
+    directories = sorted(Path("shards").iterdir())
+    assert len(directories) == 2
+    code, out, _ = call(harvest, f"verify={directories[0]}")
+    assert code == 0
+    assert re.fullmatch(rf"{directories[0]}: \d+ shards, every checksum right\n", out)
+    shard = directories[0] / "train-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-7] ^= 1
+    shard.write_bytes(content)
+    code, _, err = call(harvest, f"verify={directories[0]}")
+    assert code == 1
+    assert one_line(err).startswith(f"error: {shard} has checksum")
+
+
+def one_line(err: str) -> str:
+    """The error line, which must be the last and the only one of its kind, without a traceback."""
+    assert "Traceback" not in err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def same_weights(a: Path, b: Path) -> None:
+    one, other = load_sae(a / "sae").state_dict(), load_sae(b / "sae").state_dict()
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(
+        [sys.executable, "-m", "msae.train", *arguments], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(path: str, process: subprocess.Popen[str]) -> None:
+    while not list(Path().glob(path)):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(call, signum):
+    arguments = [*TREE, *SHORT, "tokens=100_000", "trainer.val_check_interval=200"]
+    assert call(train, *arguments, "run_dir=whole")[0] == 0
+    with start(*arguments) as process:
+        wait_for("runs/*/checkpoints/last.ckpt", process)
+        process.send_signal(signum)
+        error = process.stderr.read() if process.stderr else ""
+    run = only_run()
+    assert not (run / "sae").exists(), "the run was not killed in time"
+    if signum == signal.SIGKILL:
+        assert process.returncode == -signum
+    else:
+        assert process.returncode == 128 + signum
+        assert "Traceback" not in error
+        assert f"stopped by {signal.Signals(signum).name} after step" in error
+        assert f"run_dir={run} ckpt_path=last" in error
+    code, _, err = call(train, *arguments, "ckpt_path=last")
+    assert code == 0, err
+    same_weights(Path("whole"), only_run())
+
+
+MISTAKES = {
+    "no run to resume": (["ckpt_path=last"], "ckpt_path=last: no run of tree under runs/"),
+    "not a run": (["ckpt_path=nowhere"], "ckpt_path: nowhere is not a run directory"),
+    "d_in": (["model.d_in=768"], "have d_in=20, the model expects 768"),
+    "prefixes unsorted": (["model.prefixes=[8,4,20]"], "must be positive and strictly increasing"),
+    "prefixes duplicated": (["model.prefixes=[4,4,20]"], "must be positive and strictly increasing"),
+    "prefixes below d_sae": (["model.prefixes=[4,8]"], "must end at d_sae=20"),
+    "prefixes above d_sae": (["model.prefixes=[4,40]"], "must end at d_sae=20"),
+    "k over d_sae": (["model.k=21"], "model.k=21 must be positive and at most d_sae=20"),
+    "k zero": (["model.k=0"], "model.k=0 must be positive"),
+    "typo": (["model.prefixs=[20]"], "did you mean model.prefixes"),
+    "experiment": (["+experiment=gpt2_l9"], "did you mean experiment=gpt2_l8"),
+    "unset": (["data=language_model"], "data.source.model"),
+    "a batch too large": (["data.batch_tokens=8192"], "has 4000 training rows, fewer than a batch of 8192"),
+    "disk cap": (["data.max_disk_gb=0.0001", "data.root=other"], "data.max_disk_gb allows 0.0001"),
+    "root is a file": (["data.root=file"], "cannot write to file"),
+    "no tokens": (["tokens=0"], "tokens=0"),
+    "hub model while offline": (
+        ["+experiment=gpt2_l8", "data.source.text=file"],
+        "data.source.model=",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_no_run(call, mistake, monkeypatch):
+    arguments, expected = MISTAKES[mistake]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    Path("file").write_text("text")
+    code, _, err = call(
+        train, *([] if {"+experiment=gpt2_l8", "data=language_model"} & {*arguments} else TREE), *arguments
+    )
+    assert code == 1
+    assert expected in one_line(err)
+    assert not Path("runs").exists()
+
+
+def test_an_unreadable_shard_is_named_before_training(call):
+    assert call(train, *TREE, *SHORT)[0] == 0
+    shard = next(Path("shards").glob("*/train-00001.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    code, _, _ = call(train, *TREE, *SHORT)
+    assert code == 0  # its chunk is made again, as harvesting goes on where something is missing
+    extra = shard.with_name("train-00009.safetensors")
+    extra.write_bytes(shard.read_bytes())
+    code, _, err = call(train, *TREE, *SHORT)
+    assert code == 1
+    assert f"{extra} is not in the manifest" in one_line(err).replace(str(Path.cwd()) + "/", "")
+
+
+def test_stopping_when_the_data_is_exhausted(call):
+    code, _, err = call(train, *TREE, *SHORT, "tokens=1_000_000", "data.exhausted=stop")
+    assert code == 0, err
+    assert json.loads((only_run() / "metrics.json").read_text())["train/tokens"] == 31 * 128  # 4000 rows
+
+
+def test_two_processes_share_one_run(call):
+    arguments = [*TREE, "tokens=4096", "trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+    with start(*arguments) as process:
+        error = process.stderr.read() if process.stderr else ""
+    assert process.returncode == 0, error
+    metrics = json.loads((only_run() / "metrics.json").read_text())
+    assert metrics["train/tokens"] == 4096  # 16 steps of 2 × 128
+
+
+ALL = [[f"model={path.stem}"] for path in sorted(config_dir("conf").glob("model/*.yaml"))]
+ALL += [[f"+experiment={path.stem}"] for path in sorted(config_dir("conf").glob("experiment/*.yaml"))]
+ALL += [[f"+sweeps={path.stem}"] for path in sorted(config_dir("sweeps").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("overrides", ALL, ids=lambda o: o[0])
+def test_every_real_config_composes_and_trains_two_steps(call, lm, overrides):
+    compose("train", overrides)
+    small = lm[1:] if overrides[0].startswith("+experiment=gpt2") else TREE
+    if overrides[0].startswith("+sweeps"):
+        sweep = OmegaConf.load(config_dir("sweeps") / f"{overrides[0].partition('=')[2]}.yaml")
+        first = {key: str(value).split(",")[0] for key, value in sweep.hydra.sweeper.params.items()}
+        overrides = [f"{key}={value}" for key, value in first.items()]
+    code, _, err = call(train, *overrides, *small, "tokens=256")
+    assert code == 0, err
+    assert json.loads((only_run() / "metrics.json").read_text())["train/tokens"] == 256
