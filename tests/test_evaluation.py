@@ -202,7 +202,6 @@ def test_dead_latents(world) -> None:
     assert metrics["uniqueness"] == pytest.approx(20 / 24)
 
 
-@pytest.mark.xfail(strict=True, reason="match: annotated with n pairs, it gives min(d_sae, n)")
 def test_fewer_latents_than_features(world) -> None:
     """Parents alone: a feature without a latent never fires, and no edge can be read."""
     source, x, truth = world
@@ -247,7 +246,6 @@ def test_parts_by_hand() -> None:
     assert math.isnan(parent_silent_given_child(fires, active, torch.tensor([-1, -1, -1])))
 
 
-@pytest.mark.xfail(strict=True, reason="match: annotated with n pairs, it gives min(d_sae, n)")
 def test_mcc_of_fewer_latents_than_features() -> None:
     assert mcc(torch.tensor([[0.6, -0.8]])) == pytest.approx(0.8)
 
@@ -332,7 +330,6 @@ def test_impossible_trees(options, message) -> None:
         TreeSource(**options)
 
 
-@pytest.mark.xfail(strict=True, reason="counts are not checked: RuntimeError or a world without features")
 @pytest.mark.parametrize("options", [{"parents": -1}, {"independent": -9}, {"parents": 0, "independent": 0}])
 def test_impossible_counts(options) -> None:
     with pytest.raises(ValueError, match="parents"):

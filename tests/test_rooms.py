@@ -52,5 +52,5 @@ def test_imports_run_one_way(path):
 
 def test_the_sae_needs_torch_alone():
     outside = {m.split(".")[0] for path in (PACKAGE / "sae").glob("*.py") for m in imports(path)}
-    standard = {"collections", "dataclasses", "itertools", "json", "pathlib", "typing"}
+    standard = {"collections", "dataclasses", "itertools", "json", "os", "pathlib", "typing"}
     assert outside - standard <= {"torch", "jaxtyping", "safetensors", "msae"}

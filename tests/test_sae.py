@@ -302,13 +302,11 @@ def test_quantile_threshold_equals_a_full_sort(k, split) -> None:
     assert int((pre > theta).sum()) == round(k * 1000)
 
 
-@pytest.mark.xfail(strict=True, reason="the annotation asks for batches of one size; beartype looks at one of them")
 def test_quantile_threshold_takes_a_list_of_unequal_batches() -> None:
     for seed in range(20):
         quantile_threshold(list(rows(10, 4, seed).split(3)), 1, 10)
 
 
-@pytest.mark.xfail(strict=True, reason="float(…) of a tensor with a gradient warns once, and keeps every batch's graph")
 def test_quantile_threshold_takes_batches_with_a_gradient() -> None:
     pre = rows(10, 4).requires_grad_()
     before = torch.is_warn_always_enabled()
@@ -496,9 +494,18 @@ def change_config(change: Callable[[dict], object]) -> Callable[[Path], object]:
 
 DAMAGE = {
     "no cfg": (lambda d: (d / "cfg.json").unlink(), "has no cfg.json; give the sae/ directory"),
-    "corrupt cfg": (lambda d: (d / "cfg.json").write_text("{"), "cfg.json is not a Matryoshka SAE's"),
-    "cfg a list": (lambda d: (d / "cfg.json").write_text("[]"), "cfg.json is not a Matryoshka SAE's"),
-    "cfg of another SAE": (change_config(lambda c: c["metadata"].clear()), "cfg.json is not a Matryoshka SAE's"),
+    "corrupt cfg": (
+        lambda d: (d / "cfg.json").write_text("{"),
+        "cfg.json is not the configuration of a Matryoshka SAE",
+    ),
+    "cfg a list": (
+        lambda d: (d / "cfg.json").write_text("[]"),
+        "cfg.json is not the configuration of a Matryoshka SAE",
+    ),
+    "cfg of another SAE": (
+        change_config(lambda c: c["metadata"].clear()),
+        "cfg.json is not the configuration of a Matryoshka SAE",
+    ),
     "no weights": (lambda d: (d / "sae_weights.safetensors").unlink(), "sae_weights.safetensors cannot be read"),
     "truncated": (
         lambda d: (d / "sae_weights.safetensors").write_bytes((d / "sae_weights.safetensors").read_bytes()[:-9]),
@@ -536,7 +543,6 @@ UNCLEAR = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="load_sae: the error does not name the file, or there is none")
 @pytest.mark.parametrize("damage", UNCLEAR)
 def test_load_errors_name_the_file(damage, tmp_path) -> None:
     sae, _ = ready()
@@ -546,13 +552,11 @@ def test_load_errors_name_the_file(damage, tmp_path) -> None:
         load_sae(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="save_sae writes a NaN threshold, which other libraries read as: never active")
 def test_save_refuses_an_unset_threshold(tmp_path) -> None:
     with pytest.raises(ValueError, match="no threshold"):
         save_sae(make(dtype=torch.float32), tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="save_sae writes in place: a full disk costs the SAE that was there")
 def test_save_on_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch) -> None:
     sae, x = ready()
     expected = load_sae(save_sae(sae, tmp_path))(x)

@@ -43,7 +43,7 @@ def test_rows_statistics_and_verify(directory) -> None:
     assert torch.equal(shards.truth["features"], source().features)
     counted: list[int] = []
     shards.verify(counted.append)
-    assert sorted(counted) == sorted(p.stat().st_size for p in directory.glob("*-0000?.safetensors"))
+    assert sorted(counted) == sorted(p.stat().st_size for p in directory.glob("*.safetensors"))
 
 
 def on_shard(change: Callable[[Path], object], name: str = "train-00001.safetensors") -> Callable[[Path], object]:
@@ -134,7 +134,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "shards no list": (on_manifest(lambda m: m.update(shards={"a": 1})), f"is corrupt {TAIL}"),
     "no statistics": (on_manifest(lambda m: m.pop("statistics")), f"is corrupt {TAIL}"),
     "no identity": (on_manifest(lambda m: m.pop("identity")), f"is corrupt {TAIL}"),
-    "wrong d_in": (on_manifest(lambda m: m.update(d_in=21)), rf"holds \[256, 20\], [^\n]*\[256, 21\]{TAIL}"),
+    "wrong d_in": (on_manifest(lambda m: m.update(d_in=21)), rf"is corrupt [^\n]*statistics.mean{TAIL}"),
 }
 
 
@@ -159,7 +159,6 @@ UNCLEAR: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="read_manifest or truth: another exception, or none, than the one line")
 @pytest.mark.parametrize("damage", UNCLEAR)
 def test_opening_finds_more_damage_in_one_line(damage, directory) -> None:
     UNCLEAR[damage](directory)
@@ -191,7 +190,6 @@ def test_stale_temporary_file_is_ignored_and_harvest_removes_it(directory) -> No
     assert not stale.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="is_whole does not ask for truth.safetensors: it stays away without a word")
 def test_missing_truth_is_made_again(directory) -> None:
     (directory / TRUTH).unlink()
     assert harvest(source(), directory.parent, show=False)["synthetic"].truth is not None

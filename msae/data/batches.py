@@ -124,8 +124,8 @@ class TrainBatches:
         for key, here in self._fixed().items():
             if state.get(key) != here:
                 raise ValueError(
-                    f"the checkpoint was made with {key}={state.get(key)}, this run has {key}={here}; the batches "
-                    f"would differ: resume with {key}={state.get(key)} or start a new run"
+                    f"the checkpoint was made with {key}={state.get(key)}, this run has {key}={here}, so the batches "
+                    "would differ; resume with the settings of its config.yaml or start a new run"
                 )
         self.position = state["position"]
 
@@ -153,7 +153,9 @@ class ValBatches:
         sizes = shards.rows("val")
         stop = sum(sizes) if stop is None else min(stop, sum(sizes))
         if stop <= start:
-            raise ValueError(f"{shards.directory} has no validation rows; raise data.source.val_fraction")
+            raise ValueError(
+                f"{shards.directory} has no validation rows there; harvest more of them or raise data.val_rows"
+            )
         self.shards, self.batch_tokens, self.tokens = shards, batch_tokens, stop - start
         spans, first = [], 0
         for shard, size in enumerate(sizes):

@@ -32,6 +32,8 @@ class ActivationData(L.LightningDataModule):
         super().__init__()
         if batch_tokens <= 0:
             raise ValueError(f"data.batch_tokens={batch_tokens} must be positive")
+        if prefetch < 1:
+            raise ValueError(f"data.prefetch={prefetch} must be at least 1 batch")
         if hook_name is not None and hook_name not in source.hook_names:
             raise ValueError(f"data.hook_name={hook_name} is not among the harvested {list(source.hook_names)}")
         self.source, self.batch_tokens, self.root, self.seed = source, batch_tokens, root, seed

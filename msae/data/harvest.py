@@ -21,6 +21,7 @@ from msae.data.shards import (
     identity_hash,
     read_manifest,
     shard_name,
+    size_and_checksum,
     write_atomically,
     write_json,
     write_shard,
@@ -57,11 +58,14 @@ def is_whole(directory: Path) -> bool:
     """Whether there is a manifest and every shard in it has its size. Raises ValueError if the manifest is corrupt."""
     if not (directory / MANIFEST).exists():
         return False
-    return all(shard_is_there(directory, entry) for entry in read_manifest(directory)["shards"])
+    manifest = read_manifest(directory)
+    truth = manifest["truth"]
+    return all(is_there(directory / shard_name(e["split"], e["number"]), e) for e in manifest["shards"]) and (
+        truth is None or is_there(directory / TRUTH, truth)
+    )
 
 
-def shard_is_there(directory: Path, entry: dict[str, Any]) -> bool:
-    path = directory / shard_name(entry["split"], entry["number"])
+def is_there(path: Path, entry: dict[str, Any]) -> bool:
     return path.exists() and path.stat().st_size == entry["bytes"]
 
 
@@ -87,12 +91,12 @@ def print_disk_need(
     if max_disk_gb is not None and need > max_disk_gb:
         raise ValueError(
             f"the harvest needs {need:.2f} GB, data.max_disk_gb allows {max_disk_gb:g}; "
-            f"raise it or lower the source's rows (data.source.tokens={int(rows * max_disk_gb / need)})"
+            f"raise it or harvest fewer rows ({source.budget_key}={max(1, int(rows * max_disk_gb / need))})"
         )
     if need - there > free:
         raise ValueError(
             f"the harvest needs {need - there:.2f} GB more, {root} has {free:.2f} GB free; "
-            "choose another disk with data.root=… or fewer data.source.tokens"
+            f"choose another disk with data.root=… or lower {source.budget_key}"
         )
 
 
@@ -107,6 +111,8 @@ def locked(directories: list[Path]) -> Iterator[None]:
             except Timeout:
                 print(f"harvest: waiting for another process that is writing {directory}", file=sys.stderr)
                 lock.acquire()
+            except OSError as error:
+                raise ValueError(f"cannot write to {directory} ({error}); choose another data.root=…") from None
             stack.callback(lock.release)
         yield
 
@@ -139,9 +145,11 @@ def write_chunks(source: Source, directories: dict[str, Path], show: bool) -> No
                 records[hook].append(found[hook])  # type: ignore[arg-type]
     truth = source.truth()
     for hook, directory in directories.items():
+        manifest = make_manifest(source, hook, records[hook])
         if truth is not None:
             write_atomically(directory / TRUTH, lambda p: save_file(truth, p))
-        write_json(directory / MANIFEST, make_manifest(source, hook, records[hook]))
+            manifest["truth"] = size_and_checksum(directory / TRUTH)
+        write_json(directory / MANIFEST, manifest)
 
 
 def write_chunk(directory: Path, number: int, hook_name: str, chunk: Chunk) -> dict[str, Any]:
@@ -166,9 +174,10 @@ def read_record(directory: Path, number: int) -> dict[str, Any] | None:
     """A chunk's record, or None unless the chunk is there as a whole."""
     try:
         record = json.loads((directory / record_name(number)).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return record if all(shard_is_there(directory, entry) for entry in record["shards"]) else None
+        whole = all(is_there(directory / shard_name(e["split"], e["number"]), e) for e in record["shards"])
+        return record if whole and {"state", "sum", "sum_square"} <= record.keys() else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None  # missing or damaged: the chunk is made again
 
 
 def sums(activations: Tensor, rows: int = 8192) -> tuple[Tensor, float]:
@@ -188,7 +197,7 @@ def make_manifest(source: Source, hook_name: str, records: list[dict[str, Any]])
     rows = sum(entry["rows"] for entry in shards if entry["split"] == "train")
     if rows == 0:
         raise ValueError(
-            f"the source {source.name} gave no training rows; give it more text or raise data.source.tokens"
+            f"the source {source.name} gave no training rows; give it more text or raise {source.budget_key}"
         )
     with_rows = [record for record in records if record["sum"] is not None]
     mean = [sum(column) / rows for column in zip(*(record["sum"] for record in with_rows), strict=True)]
@@ -200,8 +209,9 @@ def make_manifest(source: Source, hook_name: str, records: list[dict[str, Any]])
         "identity": identity,
         "provenance": source.provenance(),
         "hook_name": hook_name,
-        "dtype": records[0]["dtype"],
-        "d_in": records[0]["d_in"],
+        "dtype": with_rows[0]["dtype"],
+        "d_in": with_rows[0]["d_in"],
+        "truth": None,
         "statistics": {
             "rows": rows,
             "mean": mean,

@@ -98,6 +98,8 @@ class LanguageModelSource:
         self._widths: dict[str, int] | None = None
         self._bridge: Any = None
 
+    budget_key = "data.source.tokens"
+
     @property
     def name(self) -> str:
         """The last part of the model's path or name, fit for a directory's name."""

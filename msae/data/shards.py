@@ -71,7 +71,12 @@ def write_shard(directory: Path, split: str, number: int, tensors: dict[str, Ten
     path = directory / shard_name(split, number)
     write_atomically(path, lambda p: save_file({k: t.contiguous() for k, t in tensors.items()}, p))
     entry = {"split": split, "number": number, "rows": len(tensors["activations"])}
-    return {**entry, "bytes": path.stat().st_size, "xxh3": checksum(path)}
+    return entry | size_and_checksum(path)
+
+
+def size_and_checksum(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file: bytes, xxh3."""
+    return {"bytes": path.stat().st_size, "xxh3": checksum(path)}
 
 
 def checksum(path: Path) -> str:
@@ -106,6 +111,8 @@ class Shards:
             raise ValueError(f"{extra} is not in the manifest; move it away or delete it")
         for entry in self.manifest["shards"]:
             self._check(entry)
+        if self.manifest["truth"] is not None:
+            self._check_size(self.directory / TRUTH, self.manifest["truth"]["bytes"])
 
     def rows(self, split: str) -> list[int]:
         """Rows of each shard of a split."""
@@ -132,13 +139,15 @@ class Shards:
     @cached_property
     def truth(self) -> dict[str, Tensor] | None:
         """The true features of a synthetic source, or None."""
-        path = self.directory / TRUTH
-        return load_file(path) if path.exists() else None
+        return None if self.manifest["truth"] is None else load_file(self.directory / TRUTH)
 
     def verify(self, on_bytes: Callable[[int], object] = lambda n: None) -> None:
-        """Compare every shard's checksum with the manifest. Raises ValueError that names the first one that differs."""
-        for entry in self.manifest["shards"]:
-            path = self.directory / shard_name(entry["split"], entry["number"])
+        """Compare every file's checksum with the manifest. Raises ValueError that names the first one that differs."""
+        files = [(shard_name(entry["split"], entry["number"]), entry) for entry in self.manifest["shards"]]
+        if self.manifest["truth"] is not None:
+            files.append((TRUTH, self.manifest["truth"]))
+        for name, entry in files:
+            path = self.directory / name
             found = checksum(path)
             if found != entry["xxh3"]:
                 raise ValueError(
@@ -153,13 +162,16 @@ class Shards:
             self._open[key] = load_file(path)
         return self._open[key]
 
-    def _check(self, entry: dict[str, Any]) -> None:
-        path = self.directory / shard_name(entry["split"], entry["number"])
+    def _check_size(self, path: Path, expected: int) -> None:
         if not path.exists():
             raise ValueError(f"{path} is missing; {AGAIN}")
         size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise ValueError(f"{path} has {size} bytes, the manifest says {entry['bytes']}; {AGAIN}")
+        if size != expected:
+            raise ValueError(f"{path} has {size} bytes, the manifest says {expected}; {AGAIN}")
+
+    def _check(self, entry: dict[str, Any]) -> None:
+        path = self.directory / shard_name(entry["split"], entry["number"])
+        self._check_size(path, entry["bytes"])
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.get_slice("activations")
@@ -179,26 +191,36 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{directory} has no {MANIFEST}, so its harvest has not finished; {AGAIN}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is corrupt ({error}); delete it and {AGAIN}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is not a shard manifest; delete it and {AGAIN}")
-    if manifest["version"] > VERSION:
-        raise ValueError(
-            f"{path} has format version {manifest['version']}, this msae reads up to {VERSION}; "
-            "upgrade: pip install -U msae"
-        )
     try:
-        for entry in manifest["shards"]:
-            valid = entry["split"] in ("train", "val") and all(
-                type(entry[key]) is int and entry[key] >= 0 for key in ("number", "rows", "bytes")
+        if manifest["version"] > VERSION:
+            raise ValueError(
+                f"{path} has format version {manifest['version']}, this msae reads up to {VERSION}; "
+                "upgrade: pip install -U msae"
             )
-            if not valid:
-                raise KeyError(f"shard entry {entry}")
-        for key in ("identity", "d_in", "dtype", "hook_name", "statistics"):
-            manifest[key]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is corrupt (wrong or missing {error}); delete it and {AGAIN}") from None
+        check_manifest(manifest)
+    except (KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{path} is corrupt (wrong or missing: {error}); delete it and {AGAIN}") from None
     return manifest
+
+
+def check_manifest(manifest: dict[str, Any]) -> None:
+    """Everything the reader relies on. Raises KeyError, TypeError or AssertionError that name what is wrong."""
+    seen = set()
+    for entry in manifest["shards"]:
+        numbers = [entry[key] for key in ("number", "rows", "bytes")]
+        assert entry["split"] in ("train", "val"), entry
+        assert all(type(n) is int and n >= 0 for n in numbers), entry
+        assert isinstance(entry["xxh3"], str), entry
+        assert (entry["split"], entry["number"]) not in seen, f"{entry} twice"
+        seen.add((entry["split"], entry["number"]))
+    for key in ("identity", "identity_hash", "provenance", "dtype", "hook_name", "truth"):
+        manifest[key]
+    statistics = manifest["statistics"]
+    assert len(statistics["mean"]) == manifest["d_in"], "statistics.mean"
+    assert statistics["mean_square"] >= 0, "statistics.mean_square"

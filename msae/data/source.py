@@ -44,6 +44,11 @@ class Source(Protocol):
         """A short readable name for directories, such as `gpt2` or `tree`."""
         ...
 
+    @property
+    def budget_key(self) -> str:
+        """The configuration key that says how many rows to make, for messages."""
+        ...
+
     def identity(self, hook_name: str) -> dict[str, Any]:
         """JSON that decides the content of this hook's shards; equal identity, equal directory."""
         ...

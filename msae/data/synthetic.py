@@ -23,6 +23,7 @@ class TreeSource:
 
     name = "tree"
     hook_names = ("synthetic",)
+    budget_key = "data.source.rows"
 
     def __init__(
         self,
@@ -38,6 +39,8 @@ class TreeSource:
         seed: int = 0,
         chunk_rows: int = 262_144,
     ) -> None:
+        if parents < 0 or children < 0 or independent < 0 or parents + independent == 0:
+            raise ValueError(f"there must be features, not {parents=}, {children=}, {independent=}")
         if children * child_p > 1:
             raise ValueError(f"data.source.child_p={child_p} × {children} exclusive children is over 1")
         if not (0 <= parent_p <= 1 and 0 <= independent_p <= 1 and child_p >= 0):

@@ -11,10 +11,10 @@ from msae.sae import MatryoshkaSAE
 
 def cosines(W_dec: Float[Tensor, "d_sae d_in"], features: Float[Tensor, "n d_in"]) -> Float[Tensor, "d_sae n"]:
     """cos(decoder row, feature)."""
-    return normalize(W_dec, dim=1) @ normalize(features, dim=1).T
+    return normalize(W_dec.float(), dim=1) @ normalize(features.float(), dim=1).T
 
 
-def match(cos: Float[Tensor, "d_sae n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+def match(cos: Float[Tensor, "d_sae n"]) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
     """Hungarian matching on |cos|: (latents, features), min(d_sae, n) pairs with the largest total."""
     latents, features = linear_sum_assignment(cos.abs().numpy(), maximize=True)
     return torch.as_tensor(latents), torch.as_tensor(features)

@@ -1,6 +1,8 @@
 """An SAE as a directory: cfg.json and sae_weights.safetensors, in the layout of SAELens 6 inference SAEs."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from msae.sae.model import MatryoshkaSAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+READ_AS = {"architecture": "jumprelu", "apply_b_dec_to_input": True, "normalize_activations": "none"}
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 
 
@@ -19,20 +22,21 @@ def save_sae(sae: MatryoshkaSAE, directory: str | Path, metadata: dict[str, Any]
 
     `cfg.json` has SAELens's keys (architecture `jumprelu`: active where pre > threshold); what it has no key for
     (prefixes, k, and the given metadata such as model_name, hook_name) is under `metadata`.
+    Raises ValueError if no threshold is set or the disk is full; what was there is kept.
     """
+    if sae.threshold.isnan().any():
+        raise ValueError("this SAE has no threshold yet; train it or calibrate it before saving")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     folded = MatryoshkaSAE(sae.d_in, sae.d_sae, sae.prefixes, sae.k)
     folded.load_state_dict({name: t.detach().float().cpu() for name, t in sae.state_dict().items()}, strict=True)
     folded.fold_scale()
     config = {
-        "architecture": "jumprelu",
+        **READ_AS,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {
             "sae_lens_version": "6.54.12",  # the layout's version; SAELens reads older ones another way
@@ -43,9 +47,22 @@ def save_sae(sae: MatryoshkaSAE, directory: str | Path, metadata: dict[str, Any]
         },
     }
     tensors = {name: getattr(folded, name).detach().contiguous() for name in TENSORS}
-    save_file(tensors, directory / WEIGHTS)
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    _replace(directory / WEIGHTS, lambda path: save_file(tensors, path))
+    _replace(directory / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
     return directory
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the file, sync, rename: what was there stays until the new one is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {path}: {error}; free space or choose another directory") from error
 
 
 def load_sae(directory: str | Path, device: str | torch.device = "cpu") -> MatryoshkaSAE:
@@ -53,12 +70,15 @@ def load_sae(directory: str | Path, device: str | torch.device = "cpu") -> Matry
     directory = Path(directory)
     try:
         config = json.loads((directory / CONFIG).read_text())
+        for key, value in READ_AS.items():
+            if config[key] != value:
+                raise ValueError(f"{key} is {config[key]!r}, expected {value!r}")
         details = config["metadata"]["training_architecture_details"]
         sae = MatryoshkaSAE(config["d_in"], config["d_sae"], details["matryoshka_widths"], details["k"])
     except FileNotFoundError:
         raise ValueError(f"{directory} has no {CONFIG}; give the sae/ directory of a run") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory / CONFIG} is not a Matryoshka SAE's configuration: {error!r}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory / CONFIG} is not the configuration of a Matryoshka SAE: {error!s}") from None
     expected = {name: tuple(getattr(sae, name).shape) for name in TENSORS}
     try:
         with safe_open(directory / WEIGHTS, framework="pt") as file:

@@ -38,7 +38,9 @@ def matryoshka_loss(
     prefixes = torch.stack([(target - recon).square().sum(-1).mean() for recon in recons])
     aux = prefixes.new_zeros(())
     if dead is not None and aux_coefficient > 0:
-        aux = auxk_loss(sae, pre, (target - recons[-1]).detach(), dead, k_aux or max(1, sae.d_in // 2))
+        aux = auxk_loss(
+            sae, pre, (target - recons[-1]).detach(), dead, max(1, sae.d_in // 2) if k_aux is None else k_aux
+        )
     return Loss(prefixes.sum() + aux_coefficient * aux, prefixes.detach(), aux.detach(), acts.detach())
 
 

@@ -21,7 +21,8 @@ def batch_topk(pre: Float[Tensor, "*batch d_sae"], k: float) -> Float[Tensor, "*
     return torch.zeros_like(acts).scatter(0, index, values).view_as(pre)
 
 
-def quantile_threshold(batches: Iterable[Float[Tensor, "batch d_sae"]], k: float, tokens: int) -> float:
+@torch.no_grad()
+def quantile_threshold(batches: Iterable[Float[Tensor, "_ d_sae"]], k: float, tokens: int) -> float:
     """The threshold above which k pre-activations a token lie on average: the (k · tokens + 1)-th largest of all.
 
     Exact in one streaming pass that holds k · tokens numbers, however they are spread over the batches. `tokens` is the
@@ -29,7 +30,7 @@ def quantile_threshold(batches: Iterable[Float[Tensor, "batch d_sae"]], k: float
     there are no tokens.
     """
     if tokens <= 0:
-        raise ValueError("there are no held-out rows to calibrate the threshold on; raise data.source.val_fraction")
+        raise ValueError("there are no held-out rows to calibrate the threshold on; harvest more of them")
     wanted = round(k * tokens) + 1
     largest: Tensor | None = None
     bar = 0.0

@@ -43,8 +43,8 @@ class MatryoshkaTraining(L.LightningModule):
         self.save_hyperparameters(logger=False)
         if not 0 <= decay_start <= 1:
             raise ValueError(f"model.decay_start={decay_start} is a share of all steps, expected between 0 and 1")
-        for name, value in (("lr", lr), ("grad_clip", grad_clip)):
-            if value <= 0:
+        for name, value in (("lr", lr), ("grad_clip", grad_clip), ("k_aux", k_aux)):
+            if value is not None and value <= 0:
                 raise ValueError(f"model.{name}={value} must be positive")
         self.sae = MatryoshkaSAE(d_in, d_sae, prefixes, k, seed)
         self.lr, self.betas, self.warmup_steps, self.decay_start = lr, (betas[0], betas[1]), warmup_steps, decay_start
@@ -130,7 +130,7 @@ class MatryoshkaTraining(L.LightningModule):
             metrics["train/tokens_per_s"] = tokens / (now - self._clock[0])
         self._clock = (now, step)
         metrics |= {
-            "train/loss": float(loss.total),
+            "train/loss": float(loss.total.detach()),
             "train/aux_loss": float(loss.aux),
             "train/dead_latents": float(dead.sum()),
             "train/threshold": float(sae.threshold[0]),
