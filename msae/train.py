@@ -25,12 +25,14 @@ from msae.evaluation.pictures import decoder_against_truth
 from msae.sae import MatryoshkaSAE, load_sae, save_sae
 from msae.training.callbacks import Interrupted, PrefixCharts, StopOnSignal, TokenProgress
 from msae.training.checkpoints import LAST, AtomicCheckpointIO, checkpoint_callbacks, resume_from
+from msae.training.memory import keep_freed_memory
 from msae.training.module import MatryoshkaTraining
 
 
 @command("train", TrainConfig)
 def main(cfg: DictConfig) -> None:
     quiet_lightning()
+    keep_freed_memory()
     started = time.perf_counter()
     checkpoint = find_checkpoint(cfg.ckpt_path, cfg.run_dir, cfg.runs, cfg.name)
     data: ActivationData = instantiate(cfg.data)
@@ -160,8 +162,10 @@ def report(
     (run / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     logger = trainer.logger
     assert isinstance(logger, TensorBoardLogger)
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    logger.log_hyperparams(settings, {f"final/{key}": value for key, value in metrics.items()})  # type: ignore[arg-type]
+    settings = {key: value for key, value in module.hparams.items() if key != "d_in"}
+    settings |= {"tokens": cfg.tokens, "batch_tokens": cfg.data.batch_tokens, "shards": shards.directory.name}
+    inner = tuple(f"/p{width}" for width in module.sae.prefixes[:-1])
+    logger.log_hyperparams(settings, {f"final/{key}": v for key, v in metrics.items() if not key.endswith(inner)})
     truth = shards.truth
     if truth is not None:
         figure = decoder_against_truth({run.name: module.sae.W_dec}, truth["features"], truth["parent"])

@@ -119,10 +119,12 @@ class MatryoshkaSAE(nn.Module):
 
     def decode_prefixes(self, acts: Float[Tensor, "batch d_sae"]) -> list[Float[Tensor, "batch d_in"]]:
         """The reconstruction of every prefix in scaled units (s·x), for the price of one decode: a running sum."""
+        sizes = [stop - start for start, stop in pairwise([0, *self.prefixes])]
         recons = []
         recon = self.b_dec.expand(len(acts), -1)
-        for start, stop in zip([0, *self.prefixes], self.prefixes, strict=False):
-            recon = recon + acts[:, start:stop] @ self.W_dec[start:stop]
+        # split, not slices: the backward of a slice fills a whole [batch, d_sae] with zeros for each of them
+        for group, directions in zip(acts.split(sizes, dim=1), self.W_dec.split(sizes), strict=True):
+            recon = recon + group @ directions
             recons.append(recon)
         return recons
 
