@@ -24,7 +24,7 @@ from msae.evaluation.evaluate import calibrate, evaluate
 from msae.evaluation.pictures import decoder_against_truth
 from msae.sae import MatryoshkaSAE, load_sae, save_sae
 from msae.training.callbacks import Interrupted, PrefixCharts, StopOnSignal, TokenProgress
-from msae.training.checkpoints import LAST, AtomicCheckpointIO, checkpoint_callbacks, resume_from
+from msae.training.checkpoints import LAST, AtomicCheckpointIO, checkpoint_callbacks, refuse_other_settings, resume_from
 from msae.training.memory import keep_freed_memory
 from msae.training.module import MatryoshkaTraining
 
@@ -37,6 +37,8 @@ def main(cfg: DictConfig) -> None:
     checkpoint = find_checkpoint(cfg.ckpt_path, cfg.run_dir, cfg.runs, cfg.name)
     data: ActivationData = instantiate(cfg.data)
     module = build_module(cfg, data.shards)
+    if checkpoint is not None:
+        refuse_other_settings(checkpoint, dict(module.hparams))
     data.steps(cfg.tokens)  # refuses a budget that no step fits in before a run directory is made
     run = checkpoint.parent.parent if checkpoint else run_directory(cfg.name, cfg.runs, cfg.run_dir)
     if checkpoint is None:
@@ -50,6 +52,7 @@ def main(cfg: DictConfig) -> None:
         say(f"{stop}\nresume with the same command and run_dir={run} ckpt_path=last")
         raise SystemExit(stop.exit_code) from None
     if trainer.is_global_zero:
+        module.to(trainer.strategy.root_device)  # Lightning moved it to the CPU
         metrics = finish(module.sae, data, run, cfg)
         per_step = data.batch_tokens * trainer.world_size * trainer.accumulate_grad_batches
         metrics |= {

@@ -84,7 +84,7 @@ def test_the_default_leaves_everything_a_user_wants(call):
     assert code == 0, err
     run = only_run()
     metrics = json.loads((run / "metrics.json").read_text())
-    prefixes = [4, 8, 12, 20]
+    prefixes = [4, 12, 32]
     wanted = {f"val/{name}/p{w}" for name in ("mse", "fvu", "l0", "dead") for w in prefixes}
     wanted |= {f"truth/{n}" for n in ("mcc", "firing_f1", "parent_silent_given_child", "cos_child_parent")} | {
         "train/k"
@@ -92,19 +92,19 @@ def test_the_default_leaves_everything_a_user_wants(call):
     assert wanted <= metrics.keys()
     assert "held-out" in out
     assert "parent_silent_given_child" in out
-    assert f"{metrics['val/fvu/p20']:.4g}" in out
-    assert abs(metrics["val/l0/p20"] / metrics["train/k"] - 1) < 0.3  # few rows, few distinct values
+    assert f"{metrics['val/fvu/p32']:.4g}" in out
+    assert abs(metrics["val/l0/p32"] / metrics["train/k"] - 1) < 0.3  # few rows, few distinct values
 
     sae = load_sae(run / "sae")
     shards = Shards(next(Path("shards").iterdir()))
     x = shards.activations("val", 0)[500:]
     error = (x - sae(x)).double().square().sum() / (x.double() - x.double().mean(0)).square().sum()
-    assert float(error) == pytest.approx(metrics["val/fvu/p20"], rel=1e-4)
+    assert float(error) == pytest.approx(metrics["val/fvu/p32"], rel=1e-4)
     assert sae.metadata["hook_name"] == "synthetic"
 
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    assert "train/fvu/p20" in events.Tags()["scalars"]
+    assert "train/fvu/p32" in events.Tags()["scalars"]
     assert events.Scalars("final/truth/mcc")[-1].value == pytest.approx(metrics["truth/mcc"])
     assert "_hparams_/session_start_info" in events.summary_metadata
     assert (run / "truth.png").stat().st_size > 10_000
@@ -212,11 +212,11 @@ MISTAKES = {
     "no run to resume": (["ckpt_path=last"], "ckpt_path=last: no run of tree under runs/"),
     "not a run": (["ckpt_path=nowhere"], "ckpt_path: nowhere is not a run directory"),
     "d_in": (["model.d_in=768"], "have d_in=20, the model expects 768"),
-    "prefixes unsorted": (["model.prefixes=[8,4,20]"], "must be positive and strictly increasing"),
-    "prefixes duplicated": (["model.prefixes=[4,4,20]"], "must be positive and strictly increasing"),
-    "prefixes below d_sae": (["model.prefixes=[4,8]"], "must end at d_sae=20"),
-    "prefixes above d_sae": (["model.prefixes=[4,40]"], "must end at d_sae=20"),
-    "k over d_sae": (["model.k=21"], "model.k=21 must be positive and at most d_sae=20"),
+    "prefixes unsorted": (["model.prefixes=[8,4,32]"], "must be positive and strictly increasing"),
+    "prefixes duplicated": (["model.prefixes=[4,4,32]"], "must be positive and strictly increasing"),
+    "prefixes below d_sae": (["model.prefixes=[4,8]"], "must end at d_sae=32"),
+    "prefixes above d_sae": (["model.prefixes=[4,40]"], "must end at d_sae=32"),
+    "k over d_sae": (["model.k=33"], "model.k=33 must be positive and at most d_sae=32"),
     "k zero": (["model.k=0"], "model.k=0 must be positive"),
     "typo": (["model.prefixs=[20]"], "did you mean model.prefixes"),
     "experiment": (["+experiment=gpt2_l9"], "did you mean experiment=gpt2_l8"),
@@ -243,6 +243,14 @@ def test_a_mistake_is_one_line_and_leaves_no_run(call, mistake, monkeypatch):
     assert code == 1
     assert expected in one_line(err)
     assert not Path("runs").exists()
+
+
+def test_resuming_with_other_settings_is_refused(call):
+    assert call(train, *TREE, *SHORT)[0] == 0
+    for change in ("model.d_sae=64", "model.lr=0.5", "model=vanilla"):
+        code, _, err = call(train, *TREE, *SHORT, change, "ckpt_path=last")
+        assert code == 1
+        assert "last.ckpt was made with model." in one_line(err)
 
 
 def test_an_unreadable_shard_is_named_before_training(call):

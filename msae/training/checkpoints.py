@@ -71,3 +71,15 @@ def unreadable(path: Path) -> str | None:
         return f"{path} cannot be read ({str(error).splitlines()[0]})"
     needed = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "rng"}
     return None if needed <= checkpoint.keys() else f"{path} is not a training checkpoint"
+
+
+def refuse_other_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError in one line if the checkpoint's model was trained with other settings than these."""
+    made_with = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
+    for key in sorted(made_with.keys() | settings.keys()):
+        there, here = made_with.get(key), settings.get(key)
+        if there != here:
+            raise ValueError(
+                f"{checkpoint} was made with model.{key}={there}, this run has {here}; "
+                f"resume with model.{key}={there} or start a new run without ckpt_path"
+            )
