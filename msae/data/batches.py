@@ -154,7 +154,7 @@ class ValBatches:
         stop = sum(sizes) if stop is None else min(stop, sum(sizes))
         if stop <= start:
             raise ValueError(
-                f"{shards.directory} has no validation rows there; harvest more of them or raise data.val_rows"
+                f"{shards.directory} has no validation rows between {start} and {stop}; harvest more of them"
             )
         self.shards, self.batch_tokens, self.tokens = shards, batch_tokens, stop - start
         spans, first = [], 0
