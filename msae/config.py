@@ -343,6 +343,8 @@ def explain(ex: BaseException) -> str | None:
         near = difflib.get_close_matches(name, ex.options, 1, 0.5)
         hint = f"; did you mean {group}={near[0]}?" if near else ""
         return f"no {group} named {name}{hint} (there are: {', '.join(ex.options)})"
+    if type(ex).__name__ == "MisconfigurationException":  # Lightning's word for a user's mistake, not imported here
+        return " ".join(str(ex).split())
     if not isinstance(ex, (HydraException, YAMLError, ValueError, OSError)):
         return None
     text = str(ex)

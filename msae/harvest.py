@@ -1,7 +1,5 @@
 """python -m msae.harvest: the first half of the job alone, or `verify=<shard directory>` to check one fully."""
 
-import sys
-
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -16,7 +14,8 @@ from msae.progress import progress
 def main(cfg: DictConfig) -> None:
     if cfg.verify is not None:
         shards = Shards(cfg.verify)
-        with progress(sum(entry["bytes"] for entry in shards.manifest["shards"]), "verify", unit="B") as bar:
+        files = [*shards.manifest["shards"], *filter(None, [shards.manifest["truth"]])]
+        with progress(sum(entry["bytes"] for entry in files), "verify", unit="B") as bar:
             shards.verify(bar.update)
         print(f"{shards.directory}: {len(shards.manifest['shards'])} shards, every checksum right")
         return
@@ -26,7 +25,6 @@ def main(cfg: DictConfig) -> None:
         print(
             f"{hook}: {rows['train']:,} training rows, {rows['val']:,} held out, d_in {shards.d_in}: {shards.directory}"
         )
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -187,12 +187,12 @@ def write_csv(path: Path, jobs: list[Job], varying: list[str]) -> None:
 def print_table(sweep: Path, jobs: list[Job], varying: list[str], chosen: list[str]) -> None:
     """Print the overrides that vary and the chosen metrics, else a few of each job's widest prefix."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     rows = [{**job.metrics, **widest(job.metrics)} for job in jobs]
     metrics = [m for m in chosen if any(m in row for row in rows)]
     metrics = metrics or columns([widest(job.metrics) for job in jobs])[:6]
-    table = Table("job", *varying, *metrics)
+    table = Table("job", *(Column(name, overflow="fold") for name in [*varying, *metrics]))
     for job, row in zip(jobs, rows, strict=True):
         values = [job.overrides.get(key, "") for key in varying]
         numbers = ["failed" if job.error else f"{row[m]:.4g}" if m in row else "" for m in metrics]

@@ -1,7 +1,7 @@
 """python -m msae.train: find or make the shards, train, calibrate, export `sae/`, evaluate."""
 
-import json
 import logging
+import math
 import re
 import sys
 import time
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
@@ -19,12 +20,12 @@ from rich.table import Table
 from msae.config import TrainConfig, command, run_directory
 from msae.data.batches import ValBatches
 from msae.data.datamodule import ActivationData
-from msae.data.shards import Shards
+from msae.data.shards import Shards, write_json
 from msae.evaluation.evaluate import calibrate, evaluate
 from msae.evaluation.pictures import decoder_against_truth
 from msae.sae import MatryoshkaSAE, load_sae, save_sae
-from msae.training.callbacks import Interrupted, PrefixCharts, StopOnSignal, TokenProgress
-from msae.training.checkpoints import LAST, AtomicCheckpointIO, checkpoint_callbacks, refuse_other_settings, resume_from
+from msae.training.callbacks import Interrupted, PrefixCharts, SaveWhenStopping, TokenProgress
+from msae.training.checkpoints import LAST, AtomicCheckpointIO, checkpoint_callbacks, resume_from
 from msae.training.memory import keep_freed_memory
 from msae.training.module import MatryoshkaTraining
 
@@ -35,11 +36,11 @@ def main(cfg: DictConfig) -> None:
     keep_freed_memory()
     started = time.perf_counter()
     checkpoint = find_checkpoint(cfg.ckpt_path, cfg.run_dir, cfg.runs, cfg.name)
+    if checkpoint is not None:
+        refuse_other_settings(checkpoint.parent.parent / "config.yaml", cfg)
     data: ActivationData = instantiate(cfg.data)
     module = build_module(cfg, data.shards)
-    if checkpoint is not None:
-        refuse_other_settings(checkpoint, dict(module.hparams))
-    data.steps(cfg.tokens)  # refuses a budget that no step fits in before a run directory is made
+    check_budget(cfg, data)
     run = checkpoint.parent.parent if checkpoint else run_directory(cfg.name, cfg.runs, cfg.run_dir)
     if checkpoint is None:
         OmegaConf.save(OmegaConf.merge(cfg, {"run_dir": None, "ckpt_path": None}), run / "config.yaml", resolve=True)
@@ -78,7 +79,9 @@ def find_checkpoint(ckpt_path: str | None, run_dir: str | None, runs: str, name:
     if ckpt_path is None:
         return None
     if ckpt_path == "last" and run_dir is None:
-        found = [p.parent.parent for p in Path(runs).glob(f"{name}-*/checkpoints/{LAST}")]
+        of_this_name = re.compile(rf"{re.escape(name)}-\d{{8}}-\d{{6}}(-\d+)?")
+        found = [p.parent.parent for p in Path(runs).glob(f"*/checkpoints/{LAST}")]
+        found = [run for run in found if of_this_name.fullmatch(run.name)]
         if not found:
             raise ValueError(
                 f"ckpt_path=last: no run of {name} under {runs}/ has a checkpoint; give run_dir=… or drop ckpt_path"
@@ -91,6 +94,57 @@ def find_checkpoint(ckpt_path: str | None, run_dir: str | None, runs: str, name:
     if not (directory / "checkpoints").is_dir():
         raise ValueError(f"ckpt_path: {directory} is not a run directory with checkpoints/; see ls {runs}")
     return resume_from(directory / "checkpoints")
+
+
+MAY_DIFFER = (
+    "run_dir",
+    "ckpt_path",
+    "runs",
+    "evaluation",
+    "data.root",
+    "data.prefetch",
+    "data.max_disk_gb",
+    "data.val_rows",
+)
+
+
+def refuse_other_settings(file: Path, cfg: DictConfig) -> None:
+    """Raises ValueError in one line if the run to resume was made with other settings than these."""
+    if not file.exists():
+        raise ValueError(f"{file} is missing, so it cannot be known what the checkpoint was made with; start a new run")
+
+    def flat(node: Any, path: str = "") -> dict[str, Any]:
+        if isinstance(node, dict):
+            return {k: v for key, value in node.items() for k, v in flat(value, f"{path}.{key}").items()}
+        return {path[1:]: node}
+
+    before = flat(OmegaConf.to_container(OmegaConf.load(file)))
+    now = flat(OmegaConf.to_container(cfg, resolve=True))
+    for key in sorted(before.keys() | now.keys()):
+        there, here = before.get(key), now.get(key)
+        if there != here and not any(key == k or key.startswith(f"{k}.") for k in MAY_DIFFER):
+            raise ValueError(
+                f"{file.parent} was started with {key}={there}, this command has {here}; "
+                f"resume with {key}={there} or start a new run without ckpt_path"
+            )
+
+
+def check_budget(cfg: DictConfig, data: ActivationData) -> None:
+    """Refuse what would only fail after the run directory is made, or after training. Raises ValueError in one line."""
+    data.steps(cfg.tokens)
+    held_out = sum(data.shards.rows("val"))
+    if held_out < 2:
+        raise ValueError(
+            f"{data.shards.directory} has {held_out} held-out rows, expected at least 2 to calibrate and evaluate on; "
+            "raise data.source.val_fraction or give more text"
+        )
+    if cfg.evaluation.calibration_tokens <= 0:
+        raise ValueError("evaluation.calibration_tokens must be positive")
+    for key in ("max_steps", "max_epochs", "callbacks", "plugins", "logger", "fast_dev_run"):
+        if cfg.trainer.get(key) is not None:
+            raise ValueError(f"trainer.{key} is set by msae; the length of training is tokens=…, drop trainer.{key}")
+    if str(cfg.trainer.get("precision")) in ("16", "16-mixed", "16-true"):
+        raise ValueError("trainer.precision=16 needs loss scaling, which clipping here does not know; use bf16-mixed")
 
 
 def build_module(cfg: DictConfig, shards: Shards) -> MatryoshkaTraining:
@@ -109,13 +163,15 @@ def build_module(cfg: DictConfig, shards: Shards) -> MatryoshkaTraining:
 def build_trainer(cfg: DictConfig, data: ActivationData, module: MatryoshkaTraining, run: Path) -> L.Trainer:
     """The configured Trainer with this project's callbacks, logger and checkpoints."""
     checkpoints = run / "checkpoints"
+    on_mac = cfg.trainer.get("accelerator") == "auto" and torch.backends.mps.is_available()
     trainer: L.Trainer = instantiate(
         cfg.trainer,
+        **({"accelerator": "cpu"} if on_mac else {}),  # MPS has no float64, which the statistics are kept in
         max_epochs=-1,
         logger=TensorBoardLogger(run, name="", version="tensorboard", default_hp_metric=False),
         plugins=[AtomicCheckpointIO()],
         callbacks=[
-            StopOnSignal(checkpoints / LAST),
+            SaveWhenStopping(checkpoints / LAST),
             TokenProgress(),
             PrefixCharts(),
             *checkpoint_callbacks(checkpoints, cfg.checkpoint_every_steps, f"val/fvu/p{module.sae.d_sae}"),
@@ -162,7 +218,7 @@ def report(
     cfg: DictConfig,
 ) -> None:
     """The figures as metrics.json, in TensorBoard beside the hyperparameters, and as a table on the terminal."""
-    (run / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_json(run / "metrics.json", {key: value for key, value in metrics.items() if math.isfinite(value)})
     logger = trainer.logger
     assert isinstance(logger, TensorBoardLogger)
     settings = {key: value for key, value in module.hparams.items() if key != "d_in"}
@@ -190,7 +246,7 @@ def print_table(metrics: dict[str, float], prefixes: list[int]) -> None:
     rest = Table(box=None, show_header=False)
     for key, value in metrics.items():
         if not re.search(r"/p\d+$", key):
-            rest.add_row(key, f"{value:.4g}")
+            rest.add_row(key, f"{value:,.0f}" if key == "train/tokens" else f"{value:.4g}")
     console.print(rest)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from msae.data.batches import RowOrder, TrainBatches, ValBatches, prefetched
 from msae.data.harvest import harvest
-from msae.data.shards import Shards
+from msae.data.shards import Shards, checksum_of_ends
 from msae.data.source import Chunk, Split
 
 
@@ -323,7 +323,16 @@ def test_a_large_shard_is_mapped_not_read(tmp_path) -> None:
         "dtype": "float32",
         "d_in": d_in,
         "statistics": {"rows": rows, "mean": [0.0] * d_in, "mean_square": 0.0},
-        "shards": [{"split": "train", "number": 0, "rows": rows, "bytes": path.stat().st_size, "xxh3": ""}],
+        "shards": [
+            {
+                "split": "train",
+                "number": 0,
+                "rows": rows,
+                "bytes": path.stat().st_size,
+                "xxh3": "",
+                "xxh3_ends": checksum_of_ends(path),
+            }
+        ],
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     before = resident()

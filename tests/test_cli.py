@@ -156,7 +156,7 @@ def test_harvest_alone_several_hooks_and_verify(call, lm):
     shard.write_bytes(content)
     code, _, err = call(harvest, f"verify={directories[0]}")
     assert code == 1
-    assert one_line(err).startswith(f"error: {shard} has checksum")
+    assert one_line(err).startswith(f"error: {shard} differs from what was harvested")
 
 
 def one_line(err: str) -> str:
@@ -225,8 +225,12 @@ MISTAKES = {
     "disk cap": (["data.max_disk_gb=0.0001", "data.root=other"], "data.max_disk_gb allows 0.0001"),
     "root is a file": (["data.root=file"], "cannot write to file"),
     "no tokens": (["tokens=0"], "tokens=0"),
+    "one held-out row": (["data.source.val_rows=1"], "has 1 held-out rows, expected at least 2"),
+    "no calibration": (["evaluation.calibration_tokens=0"], "evaluation.calibration_tokens must be positive"),
+    "trainer key of ours": (["trainer.max_steps=3"], "trainer.max_steps is set by msae"),
+    "fp16": (["trainer.precision=16-mixed"], "use bf16-mixed"),
     "hub model while offline": (
-        ["+experiment=gpt2_l8", "data.source.text=file"],
+        ["+experiment=gpt2_l8", "data.source.text=file.txt"],
         "data.source.model=",
     ),
 }
@@ -237,6 +241,7 @@ def test_a_mistake_is_one_line_and_leaves_no_run(call, mistake, monkeypatch):
     arguments, expected = MISTAKES[mistake]
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     Path("file").write_text("text")
+    Path("file.txt").write_text("text")
     code, _, err = call(
         train, *([] if {"+experiment=gpt2_l8", "data=language_model"} & {*arguments} else TREE), *arguments
     )
@@ -247,10 +252,48 @@ def test_a_mistake_is_one_line_and_leaves_no_run(call, mistake, monkeypatch):
 
 def test_resuming_with_other_settings_is_refused(call):
     assert call(train, *TREE, *SHORT)[0] == 0
-    for change in ("model.d_sae=64", "model.lr=0.5", "model=vanilla"):
+    assert call(train, *TREE, *SHORT, "name=tree-other")[0] == 0  # newer, but of another name
+    run = next(Path("runs").glob("tree-2*"))
+    for change in ("model.d_sae=64", "model=vanilla", "tokens=20_000", "trainer.accumulate_grad_batches=2"):
         code, _, err = call(train, *TREE, *SHORT, change, "ckpt_path=last")
         assert code == 1
-        assert "last.ckpt was made with model." in one_line(err)
+        assert f"{run} was started with " in one_line(err)
+    code, _, err = call(train, *TREE, *SHORT, "ckpt_path=last", "evaluation.calibration_tokens=300")
+    assert code == 0, err  # a finished run is evaluated again
+    assert f"run: {run}" in err
+
+
+def test_a_run_shorter_than_the_checkpoint_interval_leaves_one(call):
+    arguments = [*TREE, "tokens=2000", "checkpoint_every_steps=1000"]
+    assert call(train, *arguments)[0] == 0
+    first = (only_run() / "metrics.json").read_text()
+    (only_run() / "metrics.json").unlink()
+    code, _, err = call(train, *arguments, "ckpt_path=last")
+    assert code == 0, err
+    again = json.loads((only_run() / "metrics.json").read_text())
+    assert again.keys() == json.loads(first).keys()
+
+
+def test_diverging_is_said_and_keeps_the_last_good_checkpoint(call):
+    code, _, err = call(train, *TREE, *SHORT, "model.lr=1e30", "trainer.log_every_n_steps=1")
+    assert code == 1
+    assert "training diverged by step" in one_line(err)
+    assert not (only_run() / "sae").exists()
+
+
+def test_a_hook_that_can_only_be_read_is_evaluated_without_cross_entropy(call, lm):
+    code, _, err = call(train, *lm, "data.source.hook_names=[blocks.1.hook_resid_mid]")
+    assert code == 0, err
+    metrics = json.loads((only_run() / "metrics.json").read_text())
+    assert "val/fvu/p64" in metrics
+    assert "val/ce/orig" not in metrics
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_accelerator_that_is_not_there_is_one_line(call):
+    code, _, err = call(train, *TREE, *SHORT, "trainer.accelerator=gpu")
+    assert code == 1
+    assert "gpu" in one_line(err)
 
 
 def test_an_unreadable_shard_is_named_before_training(call):

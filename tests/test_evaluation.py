@@ -80,7 +80,8 @@ def test_sums_of_two_processes_add_up() -> None:
         assert tensor.dtype == torch.float64
         tensor += second.tensors[name]
     assert first.metrics() == pytest.approx(whole.metrics(), rel=1e-6)
-    torch.testing.assert_close(first.density, (sae.encode(x) > 0).double().mean(0))
+    density = first.tensors["fired"] / first.tensors["tokens"]
+    torch.testing.assert_close(density, (sae.encode(x) > 0).double().mean(0))
 
 
 def test_fvu_subtracts_the_squared_norm_of_the_mean() -> None:

@@ -172,13 +172,22 @@ def test_opening_finds_more_damage_in_one_line(damage, directory) -> None:
         read_all()
 
 
-def test_bit_flip_is_found_by_verify_not_by_opening(directory) -> None:
+def test_a_bit_flip_near_an_end_is_found_by_opening(directory) -> None:
     flip(directory / SHARD)
-    shards = Shards(directory)
-    with pytest.raises(ValueError, match=rf"^[^\n]*{SHARD} has checksum [0-9a-f]+, the manifest says [0-9a-f]+{TAIL}$"):
-        shards.verify()
+    with pytest.raises(ValueError, match=rf"^[^\n]*{SHARD} differs from what was harvested{TAIL}$"):
+        Shards(directory)
     (directory / SHARD).unlink()  # as the message says: delete it and harvest again
     harvest(source(), directory.parent, show=False)["synthetic"].verify()
+
+
+def test_a_bit_flip_in_the_middle_is_found_by_verify(tmp_path) -> None:
+    shards = harvest(source(rows=4096, chunk_rows=2048), tmp_path, show=False)["synthetic"]
+    path = shards.directory / SHARD
+    assert path.stat().st_size > 150_000
+    flip(path, path.stat().st_size // 2)
+    shards = Shards(shards.directory)
+    with pytest.raises(ValueError, match=rf"^[^\n]*{SHARD} has checksum [0-9a-f]+, the manifest says [0-9a-f]+{TAIL}$"):
+        shards.verify()
 
 
 def test_stale_temporary_file_is_ignored_and_harvest_removes_it(directory) -> None:

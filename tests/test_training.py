@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from msae.data.datamodule import ActivationData
 from msae.data.synthetic import TreeSource
-from msae.training.callbacks import Interrupted, PrefixCharts, StopOnSignal
+from msae.training.callbacks import Interrupted, PrefixCharts, SaveWhenStopping
 from msae.training.checkpoints import (
     LAST,
     PREVIOUS,
@@ -91,7 +91,7 @@ def fit(
         logger=TensorBoardLogger(run, name="", version="tb", default_hp_metric=False),
         plugins=[AtomicCheckpointIO()],
         callbacks=[
-            StopOnSignal(run / "checkpoints" / LAST),
+            SaveWhenStopping(run / "checkpoints" / LAST),
             PrefixCharts(),
             *checkpoint_callbacks(run / "checkpoints", every, "val/fvu/p20"),
             *callbacks,

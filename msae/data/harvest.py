@@ -143,6 +143,8 @@ def write_chunks(source: Source, directories: dict[str, Path], show: bool) -> No
             bar.update(sum(entry["rows"] for entry in record["shards"]))
             for hook in directories:
                 records[hook].append(found[hook])  # type: ignore[arg-type]
+        if show and bar.n < source.expected_rows():
+            bar.total = bar.n
     truth = source.truth()
     for hook, directory in directories.items():
         manifest = make_manifest(source, hook, records[hook])

@@ -110,9 +110,9 @@ class LanguageModelSource:
         """What decides the shards' bytes, from the files alone. Raises ValueError if they are not there."""
         if self._files is None:
             self._files = {
+                "text": text_identity(self.text, split=self.text_split, config=self.text_config),
                 "model": model_identity(self.model, self.revision, WEIGHTS),
                 "tokenizer": model_identity(*self._tokenizer(), TOKENIZER),
-                "text": text_identity(self.text, split=self.text_split, config=self.text_config),
                 "dropped_ids": special_ids(load_tokenizer(*self._tokenizer())),
             }
         settings = {key: getattr(self, key) for key in SETTINGS}
@@ -127,8 +127,10 @@ class LanguageModelSource:
         return {**given, "device": str(pick_device(self.device)), "versions": versions}
 
     def expected_rows(self) -> int:
-        """The most rows there can be, train and val."""
-        return self.tokens + self._val_limit()
+        """The most rows there can be, train and val: a token is at least a byte of a local text."""
+        file = Path(self.text).expanduser()
+        most = file.stat().st_size if file.suffix in (".txt", ".jsonl", ".json") and file.is_file() else math.inf
+        return int(min(self.tokens + self._val_limit(), most))
 
     def _val_limit(self) -> int:
         """The most val rows: `val_tokens`, or its share if that is less, so that the estimate is close."""

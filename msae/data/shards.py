@@ -76,7 +76,17 @@ def write_shard(directory: Path, split: str, number: int, tensors: dict[str, Ten
 
 def size_and_checksum(path: Path) -> dict[str, Any]:
     """What the manifest says of a file: bytes, xxh3."""
-    return {"bytes": path.stat().st_size, "xxh3": checksum(path)}
+    return {"bytes": path.stat().st_size, "xxh3": checksum(path), "xxh3_ends": checksum_of_ends(path)}
+
+
+def checksum_of_ends(path: Path, size: int = 1 << 16) -> str:
+    """xxh3-64 of a file's first and last 64 KiB: cheap enough for every opening."""
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        digest.update(file.read(size))
+        file.seek(max(0, path.stat().st_size - size))
+        digest.update(file.read(size))
+    return digest.hexdigest()
 
 
 def checksum(path: Path) -> str:
@@ -91,8 +101,8 @@ def checksum(path: Path) -> str:
 class Shards:
     """An open shard directory: its manifest, checked cheaply, and its tensors as zero-copy memory maps.
 
-    Opening checks sizes, dtypes and shapes of every file (not the checksums: `verify` does). Raises ValueError in one
-    line that names the file, what was found and expected, and what to type next.
+    Opening checks size, dtype, shape and the checksum of both ends of every file (`verify` checks them whole).
+    Raises ValueError in one line that names the file, what was found and expected, and what to type next.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -112,7 +122,8 @@ class Shards:
         for entry in self.manifest["shards"]:
             self._check(entry)
         if self.manifest["truth"] is not None:
-            self._check_size(self.directory / TRUTH, self.manifest["truth"]["bytes"])
+            self._check_size(self.directory / TRUTH, self.manifest["truth"])
+            self._check_ends(self.directory / TRUTH, self.manifest["truth"])
 
     def rows(self, split: str) -> list[int]:
         """Rows of each shard of a split."""
@@ -162,16 +173,20 @@ class Shards:
             self._open[key] = load_file(path)
         return self._open[key]
 
-    def _check_size(self, path: Path, expected: int) -> None:
+    def _check_size(self, path: Path, entry: dict[str, Any]) -> None:
         if not path.exists():
             raise ValueError(f"{path} is missing; {AGAIN}")
         size = path.stat().st_size
-        if size != expected:
-            raise ValueError(f"{path} has {size} bytes, the manifest says {expected}; {AGAIN}")
+        if size != entry["bytes"]:
+            raise ValueError(f"{path} has {size} bytes, the manifest says {entry['bytes']}; {AGAIN}")
+
+    def _check_ends(self, path: Path, entry: dict[str, Any]) -> None:
+        if checksum_of_ends(path) != entry["xxh3_ends"]:
+            raise ValueError(f"{path} differs from what was harvested (checksum of its ends); delete it and {AGAIN}")
 
     def _check(self, entry: dict[str, Any]) -> None:
         path = self.directory / shard_name(entry["split"], entry["number"])
-        self._check_size(path, entry["bytes"])
+        self._check_size(path, entry)
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.get_slice("activations")
@@ -184,6 +199,7 @@ class Shards:
             )
         if str(DTYPES.get(dtype, dtype)) != f"torch.{self.manifest['dtype']}":
             raise ValueError(f"{path} holds {dtype}, the manifest says {self.manifest['dtype']}; delete it and {AGAIN}")
+        self._check_ends(path, entry)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -216,7 +232,7 @@ def check_manifest(manifest: dict[str, Any]) -> None:
         numbers = [entry[key] for key in ("number", "rows", "bytes")]
         assert entry["split"] in ("train", "val"), entry
         assert all(type(n) is int and n >= 0 for n in numbers), entry
-        assert isinstance(entry["xxh3"], str), entry
+        assert all(isinstance(entry[key], str) for key in ("xxh3", "xxh3_ends")), entry
         assert (entry["split"], entry["number"]) not in seen, f"{entry} twice"
         seen.add((entry["split"], entry["number"]))
     for key in ("identity", "identity_hash", "provenance", "dtype", "hook_name", "truth"):

@@ -6,8 +6,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-SPLITS = ("train", "val")
-
 
 @dataclass
 class Split:

@@ -52,14 +52,13 @@ class TreeSource:
         self.parents, self.children, self.independent = parents, children, independent
         self.parent_p, self.child_p, self.independent_p = parent_p, child_p, independent_p
         self.features_count = parents * (1 + children) + independent
-        directions = torch.linalg.qr(torch.randn(self.features_count, self.features_count, generator=self._world()))[0]
+        directions = torch.linalg.qr(
+            torch.randn(self.features_count, self.features_count, generator=stream(seed, "world"))
+        )[0]
         spread = torch.randn(self.features_count, generator=stream(seed, "norms"))
         self.features = directions * (1 + norm_spread * spread)[:, None]  # [n_features, d_in]
         self.parent = torch.full((self.features_count,), -1)
         self.parent[parents : parents * (1 + children)] = torch.arange(parents).repeat_interleave(children)
-
-    def _world(self) -> torch.Generator:
-        return stream(self.seed, "world")
 
     def draw(self, rows: int, generator: torch.Generator) -> Float[Tensor, "rows n_features"]:
         """Binary feature activations of so many independent rows."""

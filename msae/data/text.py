@@ -374,5 +374,5 @@ def check_enough(count: dict[str, int], context: int, val_fraction: float) -> No
     if val_fraction and count["val_sequences"] == 0:
         raise ValueError(
             f"{found}, too few for a val sequence with data.source.val_fraction={val_fraction:g}; "
-            "raise it, give more text (data.source.tokens), or set data.source.val_fraction=0"
+            "raise it or give more text (data.source.tokens)"
         )

@@ -8,8 +8,7 @@ from msae.data.batches import ValBatches
 from msae.data.language_model import LanguageModelSource, load_bridge
 from msae.data.shards import Shards
 from msae.data.source import Source
-from msae.data.text import special_ids
-from msae.evaluation.language_model import Reconstruct, cross_entropy_recovered
+from msae.evaluation.language_model import Reconstruct, can_replace, cross_entropy_recovered
 from msae.evaluation.reconstruction import ReconstructionSums
 from msae.evaluation.truth import truth_metrics
 from msae.progress import progress
@@ -54,8 +53,10 @@ def evaluate(
     metrics = {f"val/{name}": value for name, value in sums.metrics().items()} | {"train/k": float(sae.k)}
     if shards.truth is not None:
         rows = torch.cat([shards.activations("val", i) for i in range(len(shards.rows("val")))])
-        metrics |= {f"truth/{name}": value for name, value in truth_metrics(sae, rows, shards.truth).items()}
-    if isinstance(source, LanguageModelSource) and ce_sequences > 0:
+        metrics |= {
+            f"truth/{name}": value for name, value in truth_metrics(sae, rows[start:], shards.truth, start).items()
+        }
+    if isinstance(source, LanguageModelSource) and ce_sequences > 0 and can_replace(hook_name):
         metrics |= language_model_metrics(sae, shards, source, hook_name, ce_sequences)
     return metrics
 
@@ -74,7 +75,7 @@ def language_model_metrics(
         tokenizer=source.tokenizer,
     )
     reconstruct: dict[str, Reconstruct] = {f"p{w}": partial(sae, prefix=w) for w in sae.prefixes}
-    found = cross_entropy_recovered(bridge, hook_name, reconstruct, tokens, special_ids(bridge.tokenizer))
+    found = cross_entropy_recovered(bridge, hook_name, reconstruct, tokens, shards.identity["dropped_ids"])
     metrics = {f"val/ce/{name}": value for name, value in found["ce"].items()}
     for kind in ("ce_score", "kl", "kl_score"):
         metrics |= {f"val/{kind}/{name}": value for name, value in found[kind].items() if name in reconstruct}

@@ -14,6 +14,14 @@ from msae.progress import progress
 Reconstruct = Callable[[Tensor], Tensor]
 
 
+def can_replace(hook_name: str) -> bool:
+    """Whether a reconstruction at the hook reaches the rest of the model: not at resid_mid.
+
+    In transformer_lens 4 that is the second norm's input, and the skip connection carries the original on.
+    """
+    return not hook_name.endswith("hook_resid_mid")
+
+
 @torch.no_grad()
 def cross_entropy_recovered(
     bridge: Any,
@@ -37,8 +45,7 @@ def cross_entropy_recovered(
     that is taken, or tokens without two kept ones in a row.
     """
     check_hook_name(bridge, hook_name)
-    if hook_name.endswith("hook_resid_mid"):
-        # In transformer_lens 4 this is the second norm's input: the skip connection carries the original on.
+    if not can_replace(hook_name):
         raise ValueError(f"{hook_name} can be read but not replaced; evaluate at hook_resid_pre or hook_resid_post")
     if taken := {"orig", "zero"} & set(reconstruct):
         raise ValueError(f"the reconstructions' names {sorted(taken)} are taken; rename them")

@@ -81,11 +81,6 @@ class ReconstructionSums:
             out |= {f"{name}/p{width}": value for name, value in values.items()}
         return out
 
-    @property
-    def density(self) -> Tensor:
-        """How often each latent fired, [d_sae], between 0 and 1."""
-        return (self.tensors["fired"] / self.tensors["tokens"]).cpu()
-
 
 def reconstruction_metrics(sae: MatryoshkaSAE, batches: Iterable[Tensor]) -> dict[str, float]:
     """`ReconstructionSums.metrics` over all batches of raw activations."""

@@ -61,9 +61,9 @@ def parent_silent_given_child(
 
 @torch.no_grad()
 def truth_metrics(
-    sae: MatryoshkaSAE, x: Float[Tensor, "rows d_in"], truth: dict[str, Tensor], floor: float = 0.05
+    sae: MatryoshkaSAE, x: Float[Tensor, "rows d_in"], truth: dict[str, Tensor], start: int = 0, floor: float = 0.05
 ) -> dict[str, float]:
-    """Every figure of this file for the rows x, whose true activations `truth` holds as CSR (offsets, feature, value).
+    """Every figure of this file for the rows x, whose true activations `truth` holds as CSR from row `start` on.
 
     A latent fires where it exceeds `floor` of its own maximum. A feature that no latent is matched to never fires.
     """
@@ -74,10 +74,10 @@ def truth_metrics(
     strong = acts > floor * acts.amax(0).clamp_min(1e-30)
     fires = torch.zeros(len(x), len(features), dtype=torch.bool)
     fires[:, matched] = strong
-    offsets = truth["offsets"][: len(x) + 1]
+    offsets = truth["offsets"][start : start + len(x) + 1]
     row = torch.repeat_interleave(torch.arange(len(x)), offsets.diff())
     active = torch.zeros(len(x), len(features), dtype=torch.bool)
-    active[row, truth["feature"][: len(row)].long()] = True
+    active[row, truth["feature"][int(offsets[0]) : int(offsets[-1])].long()] = True
 
     children = (parent >= 0).nonzero().flatten()
     latent_of = torch.full((len(features),), -1)
@@ -85,10 +85,12 @@ def truth_metrics(
     children = children[latent_of[children] >= 0]
     edge_cos = cos[latent_of[children], parent[children]]
     return {
-        "mcc": float(cos[latents, matched].abs().mean()),
+        "mcc": mcc(cos),
         "uniqueness": uniqueness(cos),
         **firing_scores(fires[:, matched], active[:, matched]),
         "parent_silent_given_child": parent_silent_given_child(fires, active, parent),
-        "cos_child_parent": float(edge_cos.mean()) if len(edge_cos) else float("nan"),
+        "cos_child_parent": float(edge_cos.mean()),
+        "cos_child_parent_positive": float(edge_cos.clamp(min=0).mean()),  # absorption: up to 1/√2 for each edge
+        "cos_child_parent_negative": float(edge_cos.clamp(max=0).mean()),  # hedging's residue
         "true_l0": float(active.sum(1).double().mean()),
     }

@@ -14,6 +14,7 @@ from msae.sae.model import MatryoshkaSAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 READ_AS = {"architecture": "jumprelu", "apply_b_dec_to_input": True, "normalize_activations": "none"}
+LAYOUT_VERSION = "6.54.12"  # of SAELens; it reads directories of versions before 6 another way
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 
 
@@ -39,7 +40,7 @@ def save_sae(sae: MatryoshkaSAE, directory: str | Path, metadata: dict[str, Any]
         "device": "cpu",
         "reshape_activations": "none",
         "metadata": {
-            "sae_lens_version": "6.54.12",  # the layout's version; SAELens reads older ones another way
+            "sae_lens_version": LAYOUT_VERSION,
             "training_architecture": "matryoshka_batchtopk",
             "training_architecture_details": {"k": sae.k, "matryoshka_widths": sae.prefixes},
             "trained_with": "msae",

@@ -22,8 +22,10 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signum
 
 
-class StopOnSignal(L.Callback):
-    """SIGTERM or Ctrl-C sets a flag; at the end of the step a checkpoint is saved and Interrupted raised.
+class SaveWhenStopping(L.Callback):
+    """A checkpoint at the last step; SIGTERM or Ctrl-C sets a flag, and the step in progress is made the last.
+
+    After a signal Interrupted is raised once the checkpoint is saved.
 
     A second Ctrl-C stops at once, as it does without this callback.
     """
@@ -55,6 +57,9 @@ class StopOnSignal(L.Callback):
             trainer.save_checkpoint(self.checkpoint)
             raise Interrupted(received, trainer.global_step, self.checkpoint)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.checkpoint)  # ModelCheckpoint saves on multiples alone
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
@@ -66,6 +71,7 @@ class TokenProgress(L.Callback):
 
     def __init__(self, refresh_steps: int = 50) -> None:
         self.refresh_steps = refresh_steps
+        self._bar = progress(0, "train", disable=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         batch_tokens = trainer.datamodule.batch_tokens  # type: ignore[attr-defined]
@@ -87,9 +93,11 @@ class TokenProgress(L.Callback):
             self._bar.update((step - self._shown) * self.tokens_per_step)
             self._shown = step
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if hasattr(self, "_bar"):
-            self._bar.close()
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._bar.close()  # before anything is said about it
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._bar.close()
 
 
 class PrefixCharts(L.Callback):

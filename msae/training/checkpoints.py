@@ -27,13 +27,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise ValueError(f"cannot write {path}: {error}; free space, then resume with ckpt_path=last") from error
-        if path.name == LAST and path.exists():
-            os.replace(path, path.with_name(PREVIOUS))
+        if path.name == LAST and path.exists():  # a second name rather than a new one: there always is a last.ckpt
+            path.with_name(PREVIOUS).unlink(missing_ok=True)
+            os.link(path, path.with_name(PREVIOUS))
         os.replace(temporary, path)
 
 
 def checkpoint_callbacks(directory: Path, every_steps: int, best: str) -> list[ModelCheckpoint]:
-    """Lightning's ModelCheckpoint twice: `last.ckpt` every so many steps and at the end, `best.ckpt` by a metric."""
+    """Lightning's ModelCheckpoint twice: `last.ckpt` every so many steps, `best.ckpt` by a metric."""
     shared: dict[str, Any] = {"dirpath": directory, "enable_version_counter": False}
     return [
         ModelCheckpoint(filename="last", every_n_train_steps=every_steps, save_top_k=1, **shared),
@@ -71,15 +72,3 @@ def unreadable(path: Path) -> str | None:
         return f"{path} cannot be read ({str(error).splitlines()[0]})"
     needed = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "rng"}
     return None if needed <= checkpoint.keys() else f"{path} is not a training checkpoint"
-
-
-def refuse_other_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError in one line if the checkpoint's model was trained with other settings than these."""
-    made_with = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
-    for key in sorted(made_with.keys() | settings.keys()):
-        there, here = made_with.get(key), settings.get(key)
-        if there != here:
-            raise ValueError(
-                f"{checkpoint} was made with model.{key}={there}, this run has {here}; "
-                f"resume with model.{key}={there} or start a new run without ckpt_path"
-            )

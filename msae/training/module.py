@@ -73,7 +73,15 @@ class MatryoshkaTraining(L.LightningModule):
         # By hand: Lightning's gradient_clip_val refuses fused Adam under bf16-mixed.
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.grad_clip)
         if self._should_log():
+            self._refuse_divergence(norm)
             self._send({"train/grad_norm": float(norm)})
+
+    def _refuse_divergence(self, tensor: Tensor) -> None:
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"training diverged by step {self.trainer.global_step + 1}: not a finite number; "
+                f"lower model.lr={self.lr} and resume a checkpoint before it, or start again"
+            )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -141,6 +149,8 @@ class MatryoshkaTraining(L.LightningModule):
     # --- validation: at inference, by threshold ----------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
+        if self.trainer.world_size > 1:  # each rank's own batches moved it since the last step
+            torch.distributed.broadcast(self.sae.threshold, 0)
         self._sums = ReconstructionSums(self.sae)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -162,6 +172,7 @@ class MatryoshkaTraining(L.LightningModule):
     # --- resuming ----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._refuse_divergence(self.sae.b_enc)  # a checkpoint of it would replace a good one
         checkpoint["rng"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
