@@ -256,8 +256,31 @@ def _name(hint: Any) -> str:
 # Running a command ----------------------------------------------------------------------------------------
 
 
-def command(config_name: str, schema: type) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def find_source(cfg: DictConfig) -> None:
+    """Ask the data source for its identity, which needs its model and text, before Lightning is imported.
+
+    Raises ValueError in one line for a mistake in `data.source`, and what the source raises.
+    """
+    node = cfg.data.get("source")
+    if cfg.get("verify") is not None or not isinstance(node, DictConfig):
+        return
+    check(OmegaConf.create({"data": {"source": OmegaConf.to_container(node, resolve=True)}}), _Source)
+    source = hydra.utils.instantiate(node)
+    for hook_name in source.hook_names:
+        source.identity(hook_name)
+
+
+@dataclass
+class _Source:
+    data: Any
+
+
+def command(
+    config_name: str, schema: type, before: Callable[[DictConfig], None] | None = None
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make `main(cfg)` a command line: Hydra composes `conf/<config_name>.yaml`, `check` sees to its keys.
+
+    `before` is called before `check`, which imports every target that the config names.
 
     Errors that a user can mend leave as one line and exit code 1, Ctrl-C as one line and 130, bugs with their
     traceback; HYDRA_FULL_ERROR=1 shows the traceback of all. The jobs of a multirun fail alone.
@@ -266,19 +289,26 @@ def command(config_name: str, schema: type) -> Callable[[Callable[[DictConfig], 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
         @functools.wraps(main)
         def run() -> None:
-            _run(main, config_name, schema)
+            _run(main, config_name, schema, before)
 
         return run
 
     return decorate
 
 
-def _run(main: Callable[[DictConfig], None], config_name: str, schema: type) -> None:
+def _run(
+    main: Callable[[DictConfig], None],
+    config_name: str,
+    schema: type,
+    before: Callable[[DictConfig], None] | None,
+) -> None:
     wish = os.environ.get("HYDRA_FULL_ERROR", "0")
 
     @functools.wraps(main)  # Hydra names the job after the file of __wrapped__
     def job(cfg: DictConfig) -> None:
         def work() -> None:
+            if before is not None:
+                before(cfg)
             check(cfg, schema)
             main(cfg)
 

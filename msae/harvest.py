@@ -3,14 +3,13 @@
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from msae.config import HarvestConfig, command
-from msae.data.datamodule import ActivationData
+from msae.config import HarvestConfig, command, find_source
 from msae.data.harvest import harvest
 from msae.data.shards import Shards
 from msae.progress import progress
 
 
-@command("harvest", HarvestConfig)
+@command("harvest", HarvestConfig, before=find_source)
 def main(cfg: DictConfig) -> None:
     if cfg.verify is not None:
         shards = Shards(cfg.verify)
@@ -19,6 +18,8 @@ def main(cfg: DictConfig) -> None:
             shards.verify(bar.update)
         print(f"{shards.directory}: {len(shards.manifest['shards'])} shards, every checksum right")
         return
+    from msae.data.datamodule import ActivationData  # imports Lightning, which takes seconds
+
     data: ActivationData = instantiate(cfg.data)
     for hook, shards in harvest(data.source, data.root, data.max_disk_gb).items():
         rows = {split: sum(shards.rows(split)) for split in ("train", "val")}

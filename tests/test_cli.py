@@ -173,11 +173,12 @@ def same_weights(a: Path, b: Path) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
 def start(*arguments: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.Popen(
-        [sys.executable, "-m", "msae.train", *arguments], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "msae.train", *arguments]
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(path: str, process: subprocess.Popen[str]) -> None:
@@ -294,6 +295,19 @@ def test_an_accelerator_that_is_not_there_is_one_line(call):
     code, _, err = call(train, *TREE, *SHORT, "trainer.accelerator=gpu")
     assert code == 1
     assert "gpu" in one_line(err)
+
+
+def test_a_model_that_is_not_there_is_said_before_lightning_is_imported():
+    code = (
+        "import sys; sys.argv[1:] = ['+experiment=gpt2_l8', 'data.source.model=/nowhere', 'data.source.text=t.txt']\n"
+        "open('t.txt', 'w').write('text')\n"
+        "from msae.train import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: print(stop.code, 'lightning' in sys.modules, 'transformer_lens' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    assert out.stdout.startswith("error: there is no directory /nowhere;")
+    assert out.stdout.endswith("False False\n")
 
 
 def test_an_unreadable_shard_is_named_before_training(call):

@@ -1,0 +1,250 @@
+"""The body of `python -m msae.train`: find or make the shards, train, calibrate, export `sae/`, evaluate."""
+
+import logging
+import math
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from msae.config import run_directory
+from msae.data.batches import ValBatches
+from msae.data.datamodule import ActivationData
+from msae.data.shards import Shards, write_json
+from msae.evaluation.evaluate import calibrate, evaluate
+from msae.evaluation.pictures import decoder_against_truth
+from msae.sae import MatryoshkaSAE, load_sae, save_sae
+from msae.training.callbacks import Interrupted, PrefixCharts, SaveWhenStopping, TokenProgress
+from msae.training.checkpoints import LAST, AtomicCheckpointIO, checkpoint_callbacks, resume_from
+from msae.training.memory import keep_freed_memory
+from msae.training.module import MatryoshkaTraining
+
+
+def run(cfg: DictConfig) -> None:
+    """One whole run, as the checked configuration says."""
+    quiet_lightning()
+    keep_freed_memory()
+    started = time.perf_counter()
+    checkpoint = find_checkpoint(cfg.ckpt_path, cfg.run_dir, cfg.runs, cfg.name)
+    if checkpoint is not None:
+        refuse_other_settings(checkpoint.parent.parent / "config.yaml", cfg)
+    data: ActivationData = instantiate(cfg.data)
+    module = build_module(cfg, data.shards)
+    check_budget(cfg, data)
+    run = checkpoint.parent.parent if checkpoint else run_directory(cfg.name, cfg.runs, cfg.run_dir)
+    if checkpoint is None:
+        OmegaConf.save(OmegaConf.merge(cfg, {"run_dir": None, "ckpt_path": None}), run / "config.yaml", resolve=True)
+    trainer = build_trainer(cfg, data, module, run)
+    if trainer.is_global_zero:
+        say(f"run: {run}")
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    except Interrupted as stop:
+        say(f"{stop}\nresume with the same command and run_dir={run} ckpt_path=last")
+        raise SystemExit(stop.exit_code) from None
+    if trainer.is_global_zero:
+        module.to(trainer.strategy.root_device)  # Lightning moved it to the CPU
+        metrics = finish(module.sae, data, run, cfg)
+        per_step = data.batch_tokens * trainer.world_size * trainer.accumulate_grad_batches
+        metrics |= {
+            "train/tokens": float(trainer.global_step * per_step),
+            "seconds": time.perf_counter() - started,
+        }
+        report(metrics, trainer, module, data.shards, run, cfg)
+
+
+def quiet_lightning() -> None:
+    """Lightning's advertisements, hardware listing and advice on DataLoaders are not for the users of this command."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def find_checkpoint(ckpt_path: str | None, run_dir: str | None, runs: str, name: str) -> Path | None:
+    """The checkpoint to resume: `last` is that of run_dir or of the newest run of this name; else a run or a file."""
+    if ckpt_path is None:
+        return None
+    if ckpt_path == "last" and run_dir is None:
+        of_this_name = re.compile(rf"{re.escape(name)}-\d{{8}}-\d{{6}}(-\d+)?")
+        found = [p.parent.parent for p in Path(runs).glob(f"*/checkpoints/{LAST}")]
+        found = [run for run in found if of_this_name.fullmatch(run.name)]
+        if not found:
+            raise ValueError(
+                f"ckpt_path=last: no run of {name} under {runs}/ has a checkpoint; give run_dir=… or drop ckpt_path"
+            )
+        directory = max(found, key=lambda run: (run / "checkpoints" / LAST).stat().st_mtime)
+    else:
+        directory = Path(run_dir if ckpt_path == "last" and run_dir else ckpt_path)
+        if directory.is_file():
+            directory = directory.parent.parent
+    if not (directory / "checkpoints").is_dir():
+        raise ValueError(f"ckpt_path: {directory} is not a run directory with checkpoints/; see ls {runs}")
+    return resume_from(directory / "checkpoints")
+
+
+MAY_DIFFER = (
+    "run_dir",
+    "ckpt_path",
+    "runs",
+    "evaluation",
+    "data.root",
+    "data.prefetch",
+    "data.max_disk_gb",
+    "data.val_rows",
+)
+
+
+def refuse_other_settings(file: Path, cfg: DictConfig) -> None:
+    """Raises ValueError in one line if the run to resume was made with other settings than these."""
+    if not file.exists():
+        raise ValueError(f"{file} is missing, so it cannot be known what the checkpoint was made with; start a new run")
+
+    def flat(node: Any, path: str = "") -> dict[str, Any]:
+        if isinstance(node, dict):
+            return {k: v for key, value in node.items() for k, v in flat(value, f"{path}.{key}").items()}
+        return {path[1:]: node}
+
+    before = flat(OmegaConf.to_container(OmegaConf.load(file)))
+    now = flat(OmegaConf.to_container(cfg, resolve=True))
+    for key in sorted(before.keys() | now.keys()):
+        there, here = before.get(key), now.get(key)
+        if there != here and not any(key == k or key.startswith(f"{k}.") for k in MAY_DIFFER):
+            raise ValueError(
+                f"{file.parent} was started with {key}={there}, this command has {here}; "
+                f"resume with {key}={there} or start a new run without ckpt_path"
+            )
+
+
+def check_budget(cfg: DictConfig, data: ActivationData) -> None:
+    """Refuse what would only fail after the run directory is made, or after training. Raises ValueError in one line."""
+    data.steps(cfg.tokens)
+    held_out = sum(data.shards.rows("val"))
+    if held_out < 2:
+        raise ValueError(
+            f"{data.shards.directory} has {held_out} held-out rows, expected at least 2 to calibrate and evaluate on; "
+            "raise data.source.val_fraction or give more text"
+        )
+    if cfg.evaluation.calibration_tokens <= 0:
+        raise ValueError("evaluation.calibration_tokens must be positive")
+    for key in ("max_steps", "max_epochs", "callbacks", "plugins", "logger", "fast_dev_run"):
+        if cfg.trainer.get(key) is not None:
+            raise ValueError(f"trainer.{key} is set by msae; the length of training is tokens=…, drop trainer.{key}")
+    if str(cfg.trainer.get("precision")) in ("16", "16-mixed", "16-true"):
+        raise ValueError("trainer.precision=16 needs loss scaling, which clipping here does not know; use bf16-mixed")
+
+
+def build_module(cfg: DictConfig, shards: Shards) -> MatryoshkaTraining:
+    """The LightningModule for these shards, starting from their mean and variance."""
+    wanted = cfg.model.get("d_in")
+    if wanted is not None and wanted != shards.d_in:
+        raise ValueError(
+            f"shards in {shards.directory} have d_in={shards.d_in}, the model expects {wanted}; "
+            "drop model.d_in or harvest another hook"
+        )
+    module: MatryoshkaTraining = instantiate(cfg.model, d_in=shards.d_in)
+    module.sae.set_statistics(shards.mean, shards.mean_square)
+    return module
+
+
+def build_trainer(cfg: DictConfig, data: ActivationData, module: MatryoshkaTraining, run: Path) -> L.Trainer:
+    """The configured Trainer with this project's callbacks, logger and checkpoints."""
+    checkpoints = run / "checkpoints"
+    on_mac = cfg.trainer.get("accelerator") == "auto" and torch.backends.mps.is_available()
+    trainer: L.Trainer = instantiate(
+        cfg.trainer,
+        **({"accelerator": "cpu"} if on_mac else {}),  # MPS has no float64, which the statistics are kept in
+        max_epochs=-1,
+        logger=TensorBoardLogger(run, name="", version="tensorboard", default_hp_metric=False),
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[
+            SaveWhenStopping(checkpoints / LAST),
+            TokenProgress(),
+            PrefixCharts(),
+            *checkpoint_callbacks(checkpoints, cfg.checkpoint_every_steps, f"val/fvu/p{module.sae.d_sae}"),
+        ],
+    )
+    steps = data.steps(cfg.tokens, trainer.world_size, trainer.accumulate_grad_batches)
+    trainer.fit_loop.epoch_loop.max_steps = steps
+    return trainer
+
+
+def finish(sae: MatryoshkaSAE, data: ActivationData, run: Path, cfg: DictConfig) -> dict[str, float]:
+    """Calibrate on the first half of the held-out rows, export, and measure what was exported on the second half."""
+    shards = data.shards
+    middle = sum(shards.rows("val")) // 2
+    calibrate(sae, ValBatches(shards, data.batch_tokens, stop=min(middle, cfg.evaluation.calibration_tokens)))
+    save_sae(sae, run / "sae", sae_metadata(shards))
+    exported = load_sae(run / "sae", sae.W_dec.device)
+    return evaluate(
+        exported, shards, data.source, data.hook_name, middle, data.batch_tokens, cfg.evaluation.ce_sequences
+    )
+
+
+def sae_metadata(shards: Shards) -> dict[str, Any]:
+    """What a user of the SAE must know about the activations it was trained on, under SAELens's names."""
+    identity, provenance = shards.identity, shards.manifest["provenance"]
+    return {
+        "model_name": provenance.get("model", identity.get("source")),
+        "hook_name": shards.manifest["hook_name"],
+        "hook_head_index": None,
+        "context_size": identity.get("context"),
+        "prepend_bos": identity.get("prepend_bos"),
+        "dataset_path": provenance.get("text"),
+        "seqpos_slice": [None],
+        "shards": {"identity_hash": shards.manifest["identity_hash"], "identity": identity},
+    }
+
+
+def report(
+    metrics: dict[str, float],
+    trainer: L.Trainer,
+    module: MatryoshkaTraining,
+    shards: Shards,
+    run: Path,
+    cfg: DictConfig,
+) -> None:
+    """The figures as metrics.json, in TensorBoard beside the hyperparameters, and as a table on the terminal."""
+    write_json(run / "metrics.json", {key: value for key, value in metrics.items() if math.isfinite(value)})
+    logger = trainer.logger
+    assert isinstance(logger, TensorBoardLogger)
+    settings = {key: value for key, value in module.hparams.items() if key != "d_in"}
+    settings |= {"tokens": cfg.tokens, "batch_tokens": cfg.data.batch_tokens, "shards": shards.directory.name}
+    inner = tuple(f"/p{width}" for width in module.sae.prefixes[:-1])
+    logger.log_hyperparams(settings, {f"final/{key}": v for key, v in metrics.items() if not key.endswith(inner)})
+    truth = shards.truth
+    if truth is not None:
+        figure = decoder_against_truth({run.name: module.sae.W_dec}, truth["features"], truth["parent"])
+        figure.savefig(run / "truth.png", dpi=150)
+        logger.experiment.add_figure("truth", figure, trainer.global_step)
+    logger.finalize("success")
+    print_table(metrics, module.sae.prefixes)
+    say(f"sae:     {run / 'sae'}\nmetrics: {run / 'metrics.json'}\ncharts:  tensorboard --logdir {run.parent}")
+
+
+def print_table(metrics: dict[str, float], prefixes: list[int]) -> None:
+    """One row a prefix, then the figures that concern the whole SAE."""
+    names = [n for n in ("fvu", "mse", "l0", "dead", "ce", "ce_score") if f"val/{n}/p{prefixes[-1]}" in metrics]
+    table = Table("prefix", *names, title="held-out rows")
+    for width in prefixes:
+        table.add_row(str(width), *(f"{metrics[f'val/{name}/p{width}']:.4g}" for name in names))
+    console = Console()
+    console.print(table)
+    rest = Table(box=None, show_header=False)
+    for key, value in metrics.items():
+        if not re.search(r"/p\d+$", key):
+            rest.add_row(key, f"{value:,.0f}" if key == "train/tokens" else f"{value:.4g}")
+    console.print(rest)
