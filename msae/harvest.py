@@ -3,10 +3,11 @@
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from msae.config import HarvestConfig, command, find_source
+from msae.config import command, find_source
 from msae.data.harvest import harvest
 from msae.data.shards import Shards
 from msae.progress import progress
+from msae.schema import HarvestConfig
 
 
 @command("harvest", HarvestConfig, before=find_source)

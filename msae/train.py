@@ -2,7 +2,8 @@
 
 from omegaconf import DictConfig
 
-from msae.config import TrainConfig, command, find_source
+from msae.config import command, find_source
+from msae.schema import TrainConfig
 
 
 @command("train", TrainConfig, before=find_source)

@@ -13,7 +13,8 @@ import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from msae.config import HarvestConfig, TrainConfig, check, command, compose, config_dir, run_directory
+from msae.config import command, compose, config_dir, run_directory
+from msae.schema import HarvestConfig, TrainConfig, check
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from msae.data.language_model import load_bridge
+from msae.data.bridge import load_bridge
 from msae.evaluation.language_model import cross_entropy_recovered
 from tests.tiny_lm import tiny_model
 

@@ -13,7 +13,8 @@ import huggingface_hub
 import pytest
 import torch
 
-from msae.data.language_model import LanguageModelSource, capture, load_bridge
+from msae.data.bridge import capture, load_bridge
+from msae.data.language_model import LanguageModelSource
 from msae.data.source import Source
 from tests.tiny_lm import sentences, tiny_model, tiny_tokenizer
 

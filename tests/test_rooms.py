@@ -14,9 +14,9 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "lightning": {"training/", "data/datamodule.py"},
-    "transformer_lens": {"data/language_model.py"},
-    "hydra": {"config.py", "sweep.py", "harvest.py", "training/job.py"},
-    "omegaconf": {"config.py", "sweep.py", "train.py", "harvest.py", "training/job.py"},
+    "transformer_lens": {"data/bridge.py"},
+    "hydra": {"config.py", "schema.py", "sweep.py", "harvest.py", "training/job.py"},
+    "omegaconf": {"config.py", "schema.py", "sweep.py", "train.py", "harvest.py", "training/job.py"},
 }
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from msae.config import TrainConfig, command, config_dir, run_directory
+from msae.config import command, config_dir, run_directory
+from msae.schema import TrainConfig
 from msae.sweep import claim, force, own_command_line, read_jobs, report, widest
 
 REPOSITORY = Path(__file__).parent.parent

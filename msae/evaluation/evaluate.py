@@ -5,7 +5,8 @@ from functools import partial
 import torch
 
 from msae.data.batches import ValBatches
-from msae.data.language_model import LanguageModelSource, load_bridge
+from msae.data.bridge import load_bridge
+from msae.data.language_model import LanguageModelSource
 from msae.data.shards import Shards
 from msae.data.source import Source
 from msae.evaluation.language_model import Reconstruct, can_replace, cross_entropy_recovered

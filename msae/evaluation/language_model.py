@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from msae.data.language_model import check_hook_name
+from msae.data.bridge import check_hook_name
 from msae.data.text import keep_mask
 from msae.progress import progress
 
