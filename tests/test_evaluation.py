@@ -166,11 +166,24 @@ def test_perfect_sae(world) -> None:
     assert metrics["parent_silent_given_child"] == 0
 
 
+def test_truth_of_the_rows_from_a_later_one_on(world) -> None:
+    source, x, truth = world
+    half = len(x) // 2
+    metrics = truth_metrics(hand_made(*perfect(source.features)), x[half:], truth, half)
+    assert metrics["firing_f1"] == 1
+    codes = torch.zeros(len(x), len(source.features))
+    row = torch.repeat_interleave(torch.arange(len(x)), truth["offsets"].diff())
+    codes[row, truth["feature"].long()] = 1
+    assert metrics["true_l0"] == pytest.approx(float(codes[half:].sum(1).mean()))
+
+
 def test_absorbed_sae(world) -> None:
     source, x, truth = world
     metrics = truth_metrics(hand_made(*absorbed(source.features)), x, truth)
     assert metrics["parent_silent_given_child"] == 1
     assert metrics["cos_child_parent"] == pytest.approx(1 / math.sqrt(2), abs=1e-5)
+    assert metrics["cos_child_parent_positive"] == pytest.approx(1 / math.sqrt(2), abs=1e-5)
+    assert metrics["cos_child_parent_negative"] == pytest.approx(0, abs=1e-5)
     assert metrics["mcc"] == pytest.approx((3 + 9 / math.sqrt(2) + 8) / 20, abs=1e-5)
     assert metrics["firing_precision"] == 1
     # A parent's latent fires where no child is active, 0.4 of the time: F1 = 2 · 0.4 / 1.4.

@@ -220,6 +220,16 @@ def test_decoder_rows_have_unit_norm_and_no_parallel_gradient(root, tmp_path):
     assert max(parallels) < 1e-6
 
 
+def test_silence_is_counted_in_tokens(root, tmp_path):
+    def silence(trainer):
+        with torch.no_grad():
+            trainer.lightning_module.sae.b_enc[0] = -1e6
+
+    _, module = fit(root, tmp_path, steps=7, callbacks=[At("on_train_batch_start", 0, silence)], aux_coefficient=0.0)
+    assert int(module.sae.tokens_since_fired[0]) == 7 * 128
+    assert int(module.sae.tokens_since_fired.min()) == 0
+
+
 def test_learning_rate_warms_up_and_decays_by_step(root, tmp_path):
     rates = []
 

@@ -60,12 +60,12 @@ class MatryoshkaTraining(L.LightningModule):
         dead = self.sae.dead(self.dead_after_tokens) if self.aux_coefficient > 0 else None
         loss = matryoshka_loss(self.sae, x, dead, self.aux_coefficient, self.k_aux)
         fired = (loss.acts > 0).sum(0)
+        self.sae.update_threshold(loss.acts, self.threshold_rate)
         if self._should_log():
             self._log_step(x, loss, fired)
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(fired)
         self.sae.update_fired(fired, len(x) * self.trainer.world_size)
-        self.sae.update_threshold(loss.acts, self.threshold_rate)
         return loss.total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
