@@ -192,10 +192,10 @@ def print_table(sweep: Path, jobs: list[Job], varying: list[str], chosen: list[s
     rows = [{**job.metrics, **widest(job.metrics)} for job in jobs]
     metrics = [m for m in chosen if any(m in row for row in rows)]
     metrics = metrics or columns([widest(job.metrics) for job in jobs])[:6]
-    table = Table("job", *(Column(name, overflow="fold") for name in [*varying, *metrics]))
+    table = Table("job", *(Column(name.rpartition("/")[2], overflow="fold") for name in [*varying, *metrics]))
     for job, row in zip(jobs, rows, strict=True):
         values = [job.overrides.get(key, "") for key in varying]
-        numbers = ["failed" if job.error else f"{row[m]:.4g}" if m in row else "" for m in metrics]
+        numbers = ["failed" if job.error else f"{row[m]:.3g}" if m in row else "" for m in metrics]
         table.add_row(job.name, *values, *numbers)
     Console().print(table)
     print(f"{sweep}/summary.csv")
