@@ -223,8 +223,10 @@ def report(
     assert isinstance(logger, TensorBoardLogger)
     settings = {key: value for key, value in module.hparams.items() if key != "d_in"}
     settings |= {"tokens": cfg.tokens, "batch_tokens": cfg.data.batch_tokens, "shards": shards.directory.name}
-    inner = tuple(f"/p{width}" for width in module.sae.prefixes[:-1])
-    logger.log_hyperparams(settings, {f"final/{key}": v for key, v in metrics.items() if not key.endswith(inner)})
+    final = {f"final/{key}": value for key, value in metrics.items()}
+    logger.log_metrics(final, trainer.global_step)
+    inner = tuple(f"/p{width}" for width in module.sae.prefixes[:-1])  # too many columns beside hyperparameters
+    logger.log_hyperparams(settings, {key: value for key, value in final.items() if not key.endswith(inner)})
     truth = shards.truth
     if truth is not None:
         figure = decoder_against_truth({run.name: module.sae.W_dec}, truth["features"], truth["parent"])
