@@ -265,6 +265,19 @@ def test_resuming_with_other_settings_is_refused(call):
     assert f"run: {run}" in err
 
 
+def test_a_checkpoint_that_is_named_is_the_one_resumed(call):
+    assert call(train, *TREE, *SHORT)[0] == 0
+    best, last = (only_run() / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    last.write_bytes(b"not needed")
+    code, _, err = call(train, *TREE, *SHORT, f"ckpt_path={best}")
+    assert code == 0, err
+    assert "cannot be read" not in err
+    last.write_bytes(b"not readable")
+    code, _, err = call(train, *TREE, *SHORT, f"ckpt_path={last}")
+    assert code == 1
+    assert f"ckpt_path: {last} cannot be read" in one_line(err)
+
+
 def test_a_run_shorter_than_the_checkpoint_interval_leaves_one(call):
     arguments = [*TREE, "tokens=2000", "checkpoint_every_steps=1000"]
     assert call(train, *arguments)[0] == 0

@@ -124,9 +124,11 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     ids=["mid-epoch", "twice-in-one-epoch", "during-validation"],
 )
 def test_a_stopped_run_ends_where_an_uninterrupted_one_does(root, tmp_path, hook, steps, accumulate):
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     torch.manual_seed(0)
     seen_whole = Seen()
     whole = final_state(*fit(root, tmp_path / "whole", accumulate=accumulate, callbacks=[seen_whole]))
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
 
     torch.manual_seed(0)
     seen = Seen()
@@ -136,6 +138,7 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(root, tmp_path, hook
                 root, tmp_path / "parts", resume=number > 0, accumulate=accumulate,
                 callbacks=[seen, At(hook, step, terminate)],
             )  # fmt: skip
+        assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
         torch.manual_seed(1234 + number)  # what the restarted process would have
     parts = final_state(*fit(root, tmp_path / "parts", resume=True, accumulate=accumulate, callbacks=[seen]))
 

@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def write_chunks(source: Source, directories: dict[str, Path], show: bool) -> No
     state: dict[str, Any] | None = None
     chunks: Iterator[Chunk] | None = None
     with progress(source.expected_rows(), f"harvest {source.name}", disable=not show) as bar:
-        for number in range(10**9):
+        for number in count():
             found = {hook: read_record(d, number) for hook, d in directories.items()}
             if all(found.values()):
                 chunks = None  # the chunks that are there are skipped, the source goes on after them

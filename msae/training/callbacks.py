@@ -23,9 +23,7 @@ class Interrupted(BaseException):
 
 
 class SaveWhenStopping(L.Callback):
-    """A checkpoint at the last step; SIGTERM or Ctrl-C sets a flag, and the step in progress is made the last.
-
-    After a signal Interrupted is raised once the checkpoint is saved.
+    """A checkpoint at the last step; SIGTERM or Ctrl-C makes the step in progress the last, then raises Interrupted.
 
     A second Ctrl-C stops at once, as it does without this callback.
     """
@@ -33,12 +31,11 @@ class SaveWhenStopping(L.Callback):
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self._received = 0
-        self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                self._previous[signum] = signal.signal(signum, self._receive)
+            for signum in (signal.SIGTERM, signal.SIGINT):  # Lightning puts back what was there before fit
+                signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, frame: object) -> None:
         if self._received:
@@ -59,11 +56,6 @@ class SaveWhenStopping(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.save_checkpoint(self.checkpoint)  # ModelCheckpoint saves on multiples alone
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-        self._previous = {}
 
 
 class TokenProgress(L.Callback):

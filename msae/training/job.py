@@ -25,7 +25,7 @@ from msae.evaluation.evaluate import calibrate, evaluate
 from msae.evaluation.pictures import decoder_against_truth
 from msae.sae import MatryoshkaSAE, load_sae, save_sae
 from msae.training.callbacks import Interrupted, PrefixCharts, SaveWhenStopping, TokenProgress
-from msae.training.checkpoints import LAST, AtomicCheckpointIO, checkpoint_callbacks, resume_from
+from msae.training.checkpoints import LAST, AtomicCheckpointIO, checkpoint_callbacks, resume_from, unreadable
 from msae.training.memory import keep_freed_memory
 from msae.training.module import MatryoshkaTraining
 
@@ -89,8 +89,10 @@ def find_checkpoint(ckpt_path: str | None, run_dir: str | None, runs: str, name:
         directory = max(found, key=lambda run: (run / "checkpoints" / LAST).stat().st_mtime)
     else:
         directory = Path(run_dir if ckpt_path == "last" and run_dir else ckpt_path)
-        if directory.is_file():
-            directory = directory.parent.parent
+        if directory.is_file():  # this one, not the run's last
+            if problem := unreadable(directory):
+                raise ValueError(f"ckpt_path: {problem}; give ckpt_path=last or a checkpoint of a run")
+            return directory
     if not (directory / "checkpoints").is_dir():
         raise ValueError(f"ckpt_path: {directory} is not a run directory with checkpoints/; see ls {runs}")
     return resume_from(directory / "checkpoints")
