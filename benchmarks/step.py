@@ -28,7 +28,7 @@ def seconds_per_step(d_in: int, d_sae: int, batch: int, steps: int = 4) -> float
     for _ in range(steps + 2):
         start = time.perf_counter()
         optimizer.zero_grad()
-        loss = matryoshka_loss(sae, x, sae.dead(10_000_000))
+        loss = matryoshka_loss(sae, x, dead=sae.dead(10_000_000))
         loss.total.backward()
         sae.project_decoder_gradient()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)

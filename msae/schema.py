@@ -56,6 +56,20 @@ class HarvestConfig(TrainConfig):
 
 
 @dataclass
+class ExportConfig:
+    """The top-level keys of `python -m msae.export`."""
+
+    sae: str
+    to: Literal["saelens", "saelens_training", "dictionary_learning", "sparsify"] = "saelens"
+    out: str | None = None
+    prefix: int | None = None
+    own_threshold: bool = False
+    push: str | None = None
+    private: bool = False
+    revision: str | None = None
+
+
+@dataclass
 class _Findings:
     supplied: tuple[str, ...] = ()  # these may be null, the command fills them in
     valid: list[str] = field(default_factory=list)  # every dotted key that may be set

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import struct
 import threading
 import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,21 +17,35 @@ import torch
 from torch import Tensor
 
 from msae.data.batches import RowOrder, TrainBatches, ValBatches, prefetched
+from msae.data.datamodule import ActivationData
 from msae.data.harvest import harvest
 from msae.data.shards import Shards, checksum_of_ends
 from msae.data.source import Chunk, Split
 
+FACTORS = {"hook": [1.0, -1.0], "target": [2.0, 3.0, -1.0]}
+
 
 class Numbered:
-    """Shards of given sizes whose rows hold (their own number, minus it), train from 0 and val from 0."""
+    """Shards of given sizes whose rows hold their own number times FACTORS, train from 0 and val from 0.
 
-    name, hook_names = "numbered", ("hook",)
+    The index of the shard `other`, a split and a number, is not the usual one, and the identity does not say so.
+    """
 
-    def __init__(self, train: list[int], val: list[int]) -> None:
+    name, budget_key = "numbered", "data.source.rows"
+
+    def __init__(
+        self,
+        train: list[int],
+        val: list[int],
+        hook_names: tuple[str, ...] = ("hook",),
+        seed: int = 0,
+        other: tuple[str, int] | None = None,
+    ) -> None:
         self.sizes = {"train": train, "val": val}
+        self.hook_names, self.seed, self.other = hook_names, seed, other
 
     def identity(self, hook_name: str) -> dict[str, Any]:
-        return self.sizes
+        return {**self.sizes, "seed": self.seed, "hook_name": hook_name}
 
     def provenance(self) -> dict[str, Any]:
         return {}
@@ -38,7 +54,7 @@ class Numbered:
         return sum(map(sum, self.sizes.values()))
 
     def d_in(self, hook_name: str) -> int:
-        return 2
+        return len(FACTORS[hook_name])
 
     def bytes_per_row(self, hook_name: str) -> int:
         return 8
@@ -49,11 +65,22 @@ class Numbered:
             for split, sizes in self.sizes.items():
                 if number < len(sizes):
                     rows = sum(sizes[:number]) + torch.arange(sizes[number])
-                    splits[split] = Split({"hook": torch.stack([rows, -rows], 1).float()})
+                    values = {hook: rows[:, None] * torch.tensor(FACTORS[hook]) for hook in self.hook_names}
+                    position = rows.int() + int((split, number) == self.other)
+                    splits[split] = Split(values, {"position": position})
             yield Chunk(splits, {"n": number})
 
     def truth(self) -> None:
         return None
+
+
+@pytest.fixture
+def make_pair(tmp_path):
+    def pair(train: list[int], val: tuple[int, ...] = (5,), name: str = "", **other: Any) -> tuple[Shards, Shards]:
+        opened = harvest(Numbered(train, list(val), ("hook", "target"), **other), tmp_path / name, show=False)
+        return opened["hook"], opened["target"]
+
+    return pair
 
 
 @pytest.fixture
@@ -239,6 +266,128 @@ def test_validation_covers_every_row_once(make, batch, world, start, stop) -> No
 def test_validation_without_rows(make) -> None:
     with pytest.raises(ValueError, match=r"^\S+ has no validation rows between 0 and 0; [^\n]*$"):
         ValBatches(make([100], ()), 4)
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------
+
+
+def check_pairs(pairs: list[Any], plain: list[Any]) -> None:
+    """The pairs' inputs are the plain batches, and their targets are of the same rows."""
+    assert len(pairs) == len(plain) > 0
+    for pair, alone in zip(pairs, plain, strict=True):
+        assert isinstance(pair, tuple)
+        assert isinstance(alone, Tensor)
+        x, y = pair
+        assert torch.equal(x, alone)
+        assert torch.equal(y, x[:, :1] * torch.tensor(FACTORS["target"]))
+
+
+@pytest.mark.parametrize("sizes", SIZES[1:5], ids=str)
+@pytest.mark.parametrize(("batch", "world"), [(2, 1), (13, 1), (16, 3), (60, 1)])
+def test_pairs_are_of_the_same_rows(make_pair, sizes, batch, world) -> None:
+    shards, target = make_pair(sizes, (10, 1, 20))
+    length = sum(sizes) // batch + 2  # beyond an epoch
+    for rank in range(world):
+        paired = TrainBatches(shards, batch, length, 3, rank, world, target=target)
+        check_pairs(list(paired), list(TrainBatches(shards, batch, length, 3, rank, world)))
+        for start, stop in [(0, None), (3, 17), (9, 31)]:
+            given = (shards, min(batch, 4), rank, world, start, stop)
+            assert len(ValBatches(*given, target=target)) == len(ValBatches(*given))
+            check_pairs(list(ValBatches(*given, target=target)), list(ValBatches(*given)))
+
+
+def test_pairs_go_on_where_they_stopped(make_pair) -> None:
+    shards, target = make_pair([300, 275])
+    plain = list(TrainBatches(shards, 64, 30, 5, 1, 2))
+    batches, got = TrainBatches(shards, 64, 30, 5, 1, 2, target=target), []
+    for stop in (7, 1, 12):
+        iterator = iter(batches)
+        got += list(islice(iterator, stop))
+        iterator.close()
+        state = json.loads(json.dumps(batches.state_dict()))
+        batches = TrainBatches(shards, 64, 30, 5, 1, 2, target=target)
+        batches.load_state_dict(state)
+    check_pairs([*got, *batches], plain)
+
+
+def test_state_of_another_target_is_refused(make_pair) -> None:
+    """With a target, without one, and with the two swapped: nobody goes on with another's state."""
+    shards, target = make_pair([100])
+    plain = TrainBatches(shards, 16, 10, 0)
+    paired = TrainBatches(shards, 16, 10, 0, target=target)
+    assert set(plain.state_dict()) == {"epoch", "row", "position", "batch_tokens", "world_size", "data_seed", "shards"}
+    assert paired.state_dict() == {**plain.state_dict(), "target": target.manifest["identity_hash"]}
+    itself = TrainBatches(shards, 16, 10, 0, target=shards)
+    for here, other in ((plain, paired), (paired, plain), (paired, itself)):
+        with pytest.raises(
+            ValueError, match=r"^the checkpoint was made with target=(None|\w{12}), this run has target=[^\n]*$"
+        ):
+            here.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"seed": 1}, "identity.seed"),
+        ({"train": [30, 39, 31]}, "identity.train, train rows"),
+        ({"train": [30, 40, 30, 1]}, "identity.train, train rows"),
+        ({"val": (5, 6)}, "identity.val, val rows"),
+        ({"other": ("train", 0)}, "train index"),
+        ({"other": ("train", 2)}, "train index"),
+        ({"other": ("val", 0)}, "val index"),
+        ({"other": ("val", 1)}, "val index"),
+    ],
+)
+def test_pairs_of_two_harvests_are_refused(make_pair, change, what) -> None:
+    settings = {"train": [30, 40, 30], "val": (6, 5)}
+    shards, _ = make_pair(**settings)
+    _, target = make_pair(**{**settings, **change}, name="other")
+    where = f"{re.escape(str(shards.directory))} and {re.escape(str(target.directory))}"
+    message = rf"^{where} are not of the same rows \({re.escape(what)} differ\); [^\n]*harvest both [^\n]*$"
+    with pytest.raises(ValueError, match=message):
+        TrainBatches(shards, 16, 10, 0, target=target)
+    with pytest.raises(ValueError, match=message):
+        ValBatches(shards, 16, target=target)
+    _, same = make_pair(**settings, name="same")
+    check_pairs(list(ValBatches(shards, 16, target=same)), list(ValBatches(shards, 16)))
+
+
+def test_the_datamodule_pairs_what_its_hooks_say(tmp_path) -> None:
+    def data(**settings: Any) -> ActivationData:
+        made = ActivationData(Numbered([100, 30], [20], ("target", "hook")), 16, root=str(tmp_path), **settings)
+        made.trainer = SimpleNamespace(max_steps=5, accumulate_grad_batches=2, global_rank=1, world_size=2)
+        return made
+
+    plain, paired = data(hook_name="hook"), data(hook_name="hook", target_hook_name="target")
+    assert (plain.target_shards, plain.target_hook_name) == (None, None)
+    assert paired.target_shards.directory.name.startswith("numbered-target-")
+    assert (paired.shards.d_in, paired.target_shards.d_in) == (2, 3)
+    for split in ("train_dataloader", "val_dataloader"):
+        check_pairs(list(getattr(paired, split)()), list(getattr(plain, split)()))
+    assert paired.steps(10**4) == plain.steps(10**4)
+    x, y = next(iter(data(target_hook_name="hook").train_dataloader()))  # from the first hook
+    assert (x.shape, y.shape) == ((16, 3), (16, 2))
+
+
+@pytest.mark.parametrize(
+    ("hooks", "message"),
+    [
+        (
+            {"hook_name": "hok"},
+            r"data\.hook_name=hok is not among [^\n]*'target'\]; add it to data\.source\.hook_names",
+        ),
+        (
+            {"target_hook_name": "to"},
+            r"data\.target_hook_name=to is not among [^\n]*; add it to data\.source\.hook_nam",
+        ),
+        ({"target_hook_name": "hook"}, r"data\.target_hook_name=hook is the input itself; drop it"),
+        ({"hook_name": "target", "target_hook_name": "target"}, r"data\.target_hook_name=target is the input itself"),
+    ],
+)
+def test_mistakes_in_the_hooks(tmp_path, hooks, message) -> None:
+    with pytest.raises(ValueError, match=rf"^{message}[^\n]*$"):
+        ActivationData(Numbered([100], [20], ("hook", "target")), 16, root=str(tmp_path), **hooks)
+    assert not list(tmp_path.iterdir())  # said before anything is harvested
 
 
 # --- the thread ------------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from msae.data.batches import ValBatches
 from msae.data.harvest import harvest
 from msae.data.synthetic import TreeSource
+from msae.evaluation.evaluate import calibrate
 from msae.evaluation.reconstruction import ReconstructionSums, reconstruction_metrics
 from msae.evaluation.truth import (
     cosines,
@@ -82,6 +84,45 @@ def test_sums_of_two_processes_add_up() -> None:
     assert first.metrics() == pytest.approx(whole.metrics(), rel=1e-6)
     density = first.tensors["fired"] / first.tensors["tokens"]
     torch.testing.assert_close(density, (sae.encode(x) > 0).double().mean(0))
+
+
+def test_a_transcoder_is_measured_against_its_target() -> None:
+    generator, x = torch.Generator().manual_seed(0), example()[1]
+    y = x[:, :3] @ torch.randn(3, 3, generator=generator) + 4
+    transcoder = MatryoshkaSAE(5, 12, [3, 12], 2, d_out=3)
+    with torch.no_grad():
+        for parameter in transcoder.parameters():
+            parameter.normal_(generator=generator)
+        transcoder._buffers["output_scale"].fill_(0.6), transcoder._buffers["output_mean"].fill_(-2.0)
+        transcoder.threshold.fill_(1.0)
+    got = reconstruction_metrics(transcoder, list(zip(x.split(60), y.split(60), strict=True)))
+    for width in (3, 12):
+        recon = (transcoder.encode(x, width) @ transcoder.W_dec[:width] + transcoder.b_dec).detach().double() / 0.6 - 2
+        error = (y - recon).square().sum(1).mean()
+        assert got[f"mse/p{width}"] == pytest.approx(float(error / 3), rel=1e-5)
+        assert got[f"fvu/p{width}"] == pytest.approx(float(error / (y - y.mean(0)).square().sum(1).mean()), rel=1e-4)
+        cosine = torch.nn.functional.cosine_similarity(y.double(), recon)
+        assert got[f"cosine/p{width}"] == pytest.approx(float(cosine.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("sparsity", ["batch_topk", "topk", "jumprelu", "l1", "log"])
+def test_calibration_sets_the_thresholds_of_batch_topk_alone(sparsity, tmp_path) -> None:
+    shards = harvest(TreeSource(rows=64, val_rows=700, chunk_rows=64), tmp_path, show=False)["synthetic"]
+    sae = MatryoshkaSAE(20, 32, [4, 16, 32], 2, sparsity=sparsity, threshold_init=0.2)
+    with torch.no_grad():  # rows that are alike must not have the same codes
+        sae.b_enc.add_(0.1), sae.W_enc.add_(0.3 * torch.randn(20, 32, generator=torch.Generator().manual_seed(0)))
+    before = sae.threshold.detach().clone()
+    calibrate(sae, ValBatches(shards, 64, start=100, stop=600))
+    if sparsity != "batch_topk":
+        torch.testing.assert_close(sae.threshold.detach(), before, equal_nan=True)
+        assert sae.prefix_thresholds.isnan().all()
+        return
+    x = shards.activations("val", 0)[100:600]
+    assert (sae.threshold == sae.prefix_thresholds[-1]).all()
+    for width, threshold in zip(sae.prefixes, sae.prefix_thresholds, strict=True):
+        active = (sae.pre(x)[:, :width] > threshold).sum()
+        assert int(active) <= 2 * len(x)
+        assert int((sae.pre(x)[:, :width] >= threshold).sum()) > 2 * len(x) or threshold == 0
 
 
 def test_fvu_subtracts_the_squared_norm_of_the_mean() -> None:

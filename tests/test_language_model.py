@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from msae.data.bridge import capture, load_bridge
+from msae.data.datamodule import ActivationData
 from msae.data.language_model import LanguageModelSource
 from msae.data.source import Source
 from tests.tiny_lm import sentences, tiny_model, tiny_tokenizer
@@ -139,6 +141,27 @@ def test_first_and_last_sites_equal_a_whole_pass(files, hook):
     assert torch.equal(capture(bridge, tokens, [hook])[hook], cache[hook])
     assert torch.isfinite(bridge(tokens)).all()  # an ended pass leaves nothing behind
     assert bridge(tokens).shape[-1] == 320
+
+
+def test_pairs_of_two_hooks_are_input_and_output_of_what_is_between(files, tmp_path):
+    """A transcoder's data: rows at the MLP's neurons, and what the output matrix makes of each of them."""
+    from transformers import AutoModelForCausalLM
+
+    names = ["blocks.0.hook_mlp_out", "blocks.0.mlp.hook_post"]
+    data = ActivationData(
+        source(files, hook_names=names, val_fraction=0.2),
+        batch_tokens=100,
+        root=str(tmp_path),
+        hook_name=names[1],
+        target_hook_name=names[0],
+    )
+    data.trainer = SimpleNamespace(max_steps=12, accumulate_grad_batches=1, global_rank=0, world_size=1)
+    layer = AutoModelForCausalLM.from_pretrained(files / "Tiny LM").requires_grad_(False).transformer.h[0].mlp.c_proj
+    for batches in (data.train_dataloader(), data.val_dataloader()):
+        for x, y in batches:
+            assert (x.shape[1], y.shape[1]) == (128, 32)
+            torch.testing.assert_close(layer(x), y, atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(layer(x), y.roll(1, 0), atol=1e-2)
 
 
 def test_resuming_gives_the_same_bytes(files):

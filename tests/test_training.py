@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from msae.data.datamodule import ActivationData
 from msae.data.synthetic import TreeSource
+from msae.sae import AuxK, geometric_median
 from msae.training.callbacks import Interrupted, PrefixCharts, SaveWhenStopping
 from msae.training.checkpoints import (
     LAST,
@@ -21,6 +22,7 @@ from msae.training.checkpoints import (
     resume_from,
 )
 from msae.training.module import MatryoshkaTraining
+from tests.test_model import same
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 PREFIXES = [4, 8, 20]
@@ -69,6 +71,7 @@ def fit(
     callbacks=(),
     every: int = 5,
     batch_tokens: int = 128,
+    precision: str = "32-true",
     **model,
 ):
     data = ActivationData(TreeSource(rows=3000, val_rows=600, chunk_rows=1000), batch_tokens, root=str(root))
@@ -78,6 +81,7 @@ def fit(
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
+        precision=precision,
         max_steps=steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
@@ -113,7 +117,7 @@ def final_state(trainer, module) -> dict[str, torch.Tensor]:
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
+    different = [name for name in a if not same(a[name], b[name])]
     assert not different, different
 
 
@@ -228,7 +232,9 @@ def test_silence_is_counted_in_tokens(root, tmp_path):
         with torch.no_grad():
             trainer.lightning_module.sae.b_enc[0] = -1e6
 
-    _, module = fit(root, tmp_path, steps=7, callbacks=[At("on_train_batch_start", 0, silence)], aux_coefficient=0.0)
+    _, module = fit(
+        root, tmp_path, steps=7, callbacks=[At("on_train_batch_start", 0, silence)], aux={"coefficient": 0.0}
+    )
     assert int(module.sae.tokens_since_fired[0]) == 7 * 128
     assert int(module.sae.tokens_since_fired.min()) == 0
 
@@ -295,7 +301,126 @@ def test_training_learns_the_tree(root, tmp_path):
     assert float(trainer.callback_metrics["val/fvu/p20"]) < 0.2
 
 
-@pytest.mark.parametrize("settings", [{"decay_start": 1.5}, {"lr": 0.0}, {"grad_clip": -1.0}])
+IMPOSSIBLE = [
+    *({"decay_start": 1.5}, {"lr": 0.0}, {"grad_clip": -1.0}, {"decay_end": -0.1}, {"warmup_start": 2}),
+    *({"threshold_rate": 1.1}, {"resort_rate": -1}, {"sparsity_control": 3.0}, {"bandwidth": 0}),
+    *({"dead_after_steps": 0}, {"orthogonality_chunk": 0}, {"decoder_init_norm": 0.1}, {"balance": -1}),
+    *({"sparsity": "topk"}, {"n_prefixes": 21, "prefix_sampling": "random"}, {"reduction": [1.0]}),
+    *({"prefix_sampling": "every", "stop_gradient": True}, {"prefix_sampling": "every", "aux": {"per_level": True}}),
+]
+
+
+@pytest.mark.parametrize("settings", IMPOSSIBLE, ids=str)
 def test_impossible_settings_are_one_line(settings):
-    with pytest.raises(ValueError, match=f"model.{next(iter(settings))}="):
+    name = "k" if settings == {"sparsity": "topk"} else next(iter(settings))
+    with pytest.raises(ValueError, match=rf"^model\.{name}[= ][^\n]*$"):
         MatryoshkaTraining(20, 20, PREFIXES, 1.5, **settings)
+
+
+@pytest.mark.parametrize("decoder", ["free", "unit_norm_before_step"])
+def test_topk_needs_a_decoder_that_can_be_exported(decoder):
+    with pytest.raises(ValueError, match=rf"^model\.sparsity=topk with model\.decoder={decoder} [^\n]*$"):
+        MatryoshkaTraining(20, 20, PREFIXES, 2, sparsity="topk", decoder=decoder)
+
+
+# --- how it starts, and what moves by step ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d_out", [None, 7])
+@pytest.mark.parametrize("normalise", ["unit_variance", "centred"])
+def test_b_dec_starts_where_it_is_told_to(normalise, d_out):
+    x = torch.randn(500, 20, generator=torch.Generator().manual_seed(0)).exp() + 3
+    y = x if d_out is None else -2 * x[:, :7]
+    found = {}
+    for b_dec_init in ("zero", "mean", "geometric_median"):
+        options = {"normalise": normalise, "b_dec_init": b_dec_init, "d_out": d_out}
+        module = MatryoshkaTraining(20, 20, PREFIXES, 1.5, **options)
+        of_x, of_y = ((part.mean(0), float(part.square().sum(1).mean())) for part in (x, y))
+        module.start_from(of_x, None if d_out is None else of_y, y[:100])
+        found[b_dec_init] = module.sae.b_dec.detach()
+    scaled = module.sae.normalise_target(y)
+    assert not found["zero"].any()
+    torch.testing.assert_close(found["mean"], scaled.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["geometric_median"], geometric_median(scaled[:100]))
+    assert (found["mean"] - found["geometric_median"]).norm() > 0.01
+
+
+def factors(total: int, **options) -> list[float]:
+    module = MatryoshkaTraining(20, 20, PREFIXES, 1.5, **options)
+    return [module._lr_factor(step, total) for step in range(total)]
+
+
+def test_the_learning_rate_has_the_shape_that_it_is_given():
+    flat = {"decay_start": 1.0, "warmup_steps": 4}
+    assert factors(5, **flat) == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert factors(5, **flat, warmup_start=0.2) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    cosine = factors(5, **flat, warmup_shape="cosine", warmup_start=0.1)
+    half = 0.5**0.5
+    assert cosine == pytest.approx([0.1 + 0.9 * (1 - c) / 2 for c in (1, half, 0, -half, -1)])
+    ending = factors(10, warmup_steps=0, decay_start=0.5, decay_end=0.1)
+    assert ending == pytest.approx([1.0] * 6 + [0.1 + 0.9 * share for share in (0.8, 0.6, 0.4, 0.2)])
+    assert factors(3, warmup_steps=1000, decay_start=1.0) == pytest.approx([1 / 3, 2 / 3, 1])  # a warm-up fits the run
+
+
+def test_the_learning_rate_may_follow_the_width():
+    assert MatryoshkaTraining(20, 2**14, [2**14], 1, lr=None).lr == pytest.approx(2e-4)
+    assert MatryoshkaTraining(20, 2**12, [2**12], 1, lr=None).lr == pytest.approx(4e-4)
+
+
+def test_random_prefixes_are_drawn_by_seed_and_step():
+    def drawn(seed: int) -> list[list[int]]:
+        module = MatryoshkaTraining(20, 20, PREFIXES, 1.5, prefix_sampling="random", n_prefixes=4, seed=seed)
+        return [module._widths(step) for step in range(20)]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert all(len(widths) == 4 and widths[-1] == 20 for widths in drawn(1))
+    assert len({tuple(widths) for widths in drawn(1)}) > 15
+
+
+def test_a_latent_may_be_dead_after_so_many_steps(root, tmp_path):
+    counted = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            module.sae.tokens_since_fired[3] = 128 * (batch_idx + 1)
+            counted.append(bool(module._dead(len(batch))[3]))
+
+    fit(root, tmp_path, steps=5, callbacks=[Watch()], dead_after_steps=3, dead_after_tokens=1)
+    assert counted == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("warmup", [4, 0.4])
+def test_the_penalty_warms_up_over_steps_or_a_share_of_them(root, tmp_path, warmup):
+    _, module = fit(root, tmp_path, steps=10, sparsity="l1", sparsity_warmup_steps=warmup)
+    assert module.controller.warmup_steps == 4
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    weights = {e.step: e.value for e in events.Scalars("train/sparsity_weight")}
+    assert weights == pytest.approx({1: 0.25, 10: 1.0})
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_penalty_moves_once_a_step(root, tmp_path, accumulate):
+    settings = {"sparsity": "l1", "sparsity_control": 0.1, "sparsity_weight": 1e-3}
+    _, module = fit(root, tmp_path, steps=4, accumulate=accumulate, **settings)
+    assert float(module.controller.weight) == pytest.approx(1e-3 * 1.1**4)  # a ReLU's L0 is over k for longer
+
+
+def test_aux_may_be_given_as_an_object():
+    module = MatryoshkaTraining(20, 20, PREFIXES, 1.5, aux=AuxK(0.5, 3))
+    assert module.objective.aux == AuxK(0.5, 3)
+    assert module.hparams["aux"] == vars(AuxK(0.5, 3))  # plain, for safe loading
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_checkpoint_of_a_diverged_run_is_refused(root, tmp_path, bias):
+    def diverge(trainer):
+        with torch.no_grad():
+            trainer.lightning_module.sae.W_enc.fill_(torch.nan)
+
+    with pytest.raises(ValueError, match="training diverged by step"):
+        fit(root, tmp_path, 8, callbacks=[At("on_train_batch_start", 2, diverge)], encoder_bias=bias)
+
+
+def test_training_in_bfloat16_alone(root, tmp_path):
+    fit(root, tmp_path, 3, precision="bf16-true")

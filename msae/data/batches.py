@@ -1,15 +1,47 @@
 """Batches from shards: every row once an epoch, mixed across shards, any batch computable from its number alone."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import Empty, Full, Queue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from msae.data.seeds import stream
 from msae.data.shards import Shards
+
+Batch = Tensor | tuple[Tensor, Tensor]  # x, or (x, y) where there is a target y
+Item = TypeVar("Item")
+
+
+def from_both(read: Callable[[Shards], Tensor], shards: Shards, target: Shards | None) -> Batch:
+    """The same reading of the shards, and of the target's if there is one."""
+    return read(shards) if target is None else (read(shards), read(target))
+
+
+def check_same_rows(shards: Shards, target: Shards) -> None:
+    """Raise ValueError unless both directories hold the same rows in the same order, as one harvest writes them.
+
+    Compared are what they were made from, the rows of every shard, and the index of each split's first and last shard.
+    """
+    a, b = shards.identity, target.identity
+    differs = [f"identity.{key}" for key in sorted((a.keys() | b.keys()) - {"hook_name"}) if a.get(key) != b.get(key)]
+    for split in shards.entries:
+        rows = shards.rows(split)
+        if rows != target.rows(split):
+            differs.append(f"{split} rows")
+        elif rows and not all(same(shards.index(split, i), target.index(split, i)) for i in {0, len(rows) - 1}):
+            differs.append(f"{split} index")
+    if differs:
+        raise ValueError(
+            f"{shards.directory} and {target.directory} are not of the same rows ({', '.join(differs)} differ); "
+            "delete the wrong one and harvest both hooks in one command, with both in data.source.hook_names"
+        )
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class RowOrder:
@@ -68,6 +100,7 @@ class TrainBatches:
 
     Batch b of rank r holds places (b·world + r)·batch_tokens … of the row order, so ranks never overlap. The state is
     {epoch, position} of the next batch, the same on every rank. `length` is the number of batches until training ends.
+    With `target` shards of the same rows, batches are pairs (x [batch_tokens, d_in], y [batch_tokens, d_out]).
     """
 
     def __init__(
@@ -79,6 +112,8 @@ class TrainBatches:
         rank: int = 0,
         world: int = 1,
         prefetch: int = 4,
+        *,
+        target: Shards | None = None,
     ) -> None:
         sizes = shards.rows("train")
         if sum(sizes) < batch_tokens * world:
@@ -86,7 +121,9 @@ class TrainBatches:
                 f"{shards.directory} has {sum(sizes)} training rows, fewer than one batch of {batch_tokens} × {world}; "
                 "lower data.batch_tokens or harvest more (data.source.tokens)"
             )
-        self.shards, self.batch_tokens, self.length = shards, batch_tokens, length
+        if target is not None:
+            check_same_rows(shards, target)
+        self.shards, self.target, self.batch_tokens, self.length = shards, target, batch_tokens, length
         self.seed, self.rank, self.world, self.prefetch = seed, rank, world, prefetch
         self.order = RowOrder(sizes, seed)
         self.first = torch.tensor([0, *sizes]).cumsum(0)  # first row number of each shard
@@ -95,21 +132,24 @@ class TrainBatches:
     def __len__(self) -> int:
         return self.length
 
-    def batch(self, number: int) -> Tensor:
+    def batch(self, number: int) -> Batch:
         """Batch `number` of this rank, in the storage dtype; rows within it stand in file order (a batch is a set)."""
         start = (number * self.world + self.rank) * self.batch_tokens
         rows = self.order.rows(start, start + self.batch_tokens).sort().values
         counts = torch.searchsorted(rows, self.first)
-        parts = [
-            self.shards.activations("train", shard)[rows[a:b] - first]
-            for shard, (first, a, b) in enumerate(
-                zip(self.first.tolist(), counts.tolist(), counts[1:].tolist(), strict=False)
-            )
-            if b > a
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        spans = list(zip(self.first.tolist(), counts.tolist(), counts[1:].tolist(), strict=False))
 
-    def __iter__(self) -> Iterator[Tensor]:
+        def gather(shards: Shards) -> Tensor:
+            parts = [
+                shards.activations("train", shard)[rows[a:b] - first]
+                for shard, (first, a, b) in enumerate(spans)
+                if b > a
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        return from_both(gather, self.shards, self.target)
+
+    def __iter__(self) -> Iterator[Batch]:
         for batch in prefetched((self.batch(n) for n in range(self.position, self.length)), self.prefetch):
             self.position += 1
             yield batch
@@ -121,7 +161,7 @@ class TrainBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken. Raises ValueError if that place means other rows here."""
-        for key, here in self._fixed().items():
+        for key, here in {"target": None, **self._fixed()}.items():  # None: the checkpoint alone may have a target
             if state.get(key) != here:
                 raise ValueError(
                     f"the checkpoint was made with {key}={state.get(key)}, this run has {key}={here}, so the batches "
@@ -130,16 +170,20 @@ class TrainBatches:
         self.position = state["position"]
 
     def _fixed(self) -> dict[str, Any]:
-        return {
+        fixed = {
             "batch_tokens": self.batch_tokens,
             "world_size": self.world,
             "data_seed": self.seed,
             "shards": self.shards.manifest["identity_hash"],
         }
+        return fixed if self.target is None else {**fixed, "target": self.target.manifest["identity_hash"]}
 
 
 class ValBatches:
-    """The held-out rows start … stop in file order, every `world`-th batch for this rank; the last may be smaller."""
+    """The held-out rows start … stop in file order, every `world`-th batch for this rank; the last may be smaller.
+
+    With `target` shards of the same rows, batches are pairs as those of `TrainBatches`.
+    """
 
     def __init__(
         self,
@@ -149,6 +193,8 @@ class ValBatches:
         world: int = 1,
         start: int = 0,
         stop: int | None = None,
+        *,
+        target: Shards | None = None,
     ) -> None:
         sizes = shards.rows("val")
         stop = sum(sizes) if stop is None else min(stop, sum(sizes))
@@ -156,7 +202,9 @@ class ValBatches:
             raise ValueError(
                 f"{shards.directory} has no validation rows between {start} and {stop}; harvest more of them"
             )
-        self.shards, self.batch_tokens, self.tokens = shards, batch_tokens, stop - start
+        if target is not None:
+            check_same_rows(shards, target)
+        self.shards, self.target, self.batch_tokens, self.tokens = shards, target, batch_tokens, stop - start
         spans, first = [], 0
         for shard, size in enumerate(sizes):
             low, high = max(0, start - first), min(size, stop - first)
@@ -167,16 +215,19 @@ class ValBatches:
     def __len__(self) -> int:
         return len(self.spans)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return prefetched((self.shards.activations("val", s)[a:b].clone() for s, a, b in self.spans), 2)
+    def __iter__(self) -> Iterator[Batch]:
+        return prefetched((self._batch(*span) for span in self.spans), 2)
+
+    def _batch(self, shard: int, a: int, b: int) -> Batch:
+        return from_both(lambda shards: shards.activations("val", shard)[a:b].clone(), self.shards, self.target)
 
 
-def prefetched(items: Iterator[Tensor], depth: int) -> Iterator[Tensor]:
+def prefetched(items: Iterator[Item], depth: int) -> Iterator[Item]:
     """The same items, made ahead by one thread; its errors are raised here, and it ends when the consumer does."""
-    queue: Queue[tuple[Tensor | None, BaseException | None]] = Queue(maxsize=depth)
+    queue: Queue[tuple[Item | None, BaseException | None]] = Queue(maxsize=depth)
     stop = threading.Event()
 
-    def put(item: tuple[Tensor | None, BaseException | None]) -> None:
+    def put(item: tuple[Item | None, BaseException | None]) -> None:
         while not stop.is_set():
             try:
                 return queue.put(item, timeout=0.1)

@@ -13,6 +13,9 @@ from msae.data.source import Source
 class ActivationData(L.LightningDataModule):
     """Batches [batch_tokens, d_in] of the activations of `source` at `hook_name` (its first hook unless given).
 
+    `target_hook_name`: the activations that are to be reconstructed, when they are not the input (a transcoder).
+    Batches are then pairs (x [batch_tokens, d_in], y [batch_tokens, d_out]) of the same rows.
+
     `exhausted` says what happens when the training budget is longer than the data: `repeat` reads the rows again in
     another order, `stop` ends training after one epoch. `batch_tokens` is per device. `max_disk_gb` caps the harvest.
     """
@@ -28,30 +31,49 @@ class ActivationData(L.LightningDataModule):
         max_disk_gb: float | None = 100.0,
         val_rows: int | None = None,
         prefetch: int = 4,
+        target_hook_name: str | None = None,
     ) -> None:
         super().__init__()
         if batch_tokens <= 0:
             raise ValueError(f"data.batch_tokens={batch_tokens} must be positive")
         if prefetch < 1:
             raise ValueError(f"data.prefetch={prefetch} must be at least 1 batch")
-        if hook_name is not None and hook_name not in source.hook_names:
-            raise ValueError(f"data.hook_name={hook_name} is not among the harvested {list(source.hook_names)}")
+        for key, name in (("hook_name", hook_name), ("target_hook_name", target_hook_name)):
+            if name is not None and name not in source.hook_names:
+                raise ValueError(
+                    f"data.{key}={name} is not among the harvested {list(source.hook_names)}; "
+                    "add it to data.source.hook_names"
+                )
         self.source, self.batch_tokens, self.root, self.seed = source, batch_tokens, root, seed
         self.hook_name = hook_name or source.hook_names[0]
+        self.target_hook_name = target_hook_name
+        if target_hook_name == self.hook_name:
+            raise ValueError(
+                f"data.target_hook_name={target_hook_name} is the input itself; drop it, or set data.hook_name to "
+                "another of data.source.hook_names"
+            )
         self.exhausted, self.max_disk_gb, self.val_rows, self.prefetch = (
             exhausted,
             max_disk_gb,
             val_rows,
             prefetch,
         )
-        self._shards: Shards | None = None
+        self._opened: dict[str, Shards] | None = None
 
     @property
     def shards(self) -> Shards:
         """The open shards; the first call harvests them unless they are there."""
-        if self._shards is None:
-            self._shards = harvest(self.source, self.root, self.max_disk_gb)[self.hook_name]
-        return self._shards
+        return self._open()[self.hook_name]
+
+    @property
+    def target_shards(self) -> Shards | None:
+        """The same rows at `target_hook_name`, None without one; found or harvested together with `shards`."""
+        return None if self.target_hook_name is None else self._open()[self.target_hook_name]
+
+    def _open(self) -> dict[str, Shards]:
+        if self._opened is None:
+            self._opened = harvest(self.source, self.root, self.max_disk_gb)
+        return self._opened
 
     def steps(self, tokens: int, world: int = 1, accumulate: int = 1) -> int:
         """Optimizer steps for a token budget: ceil(tokens / (batch_tokens · world · accumulate)), or one epoch.
@@ -84,9 +106,10 @@ class ActivationData(L.LightningDataModule):
             trainer.global_rank,
             trainer.world_size,
             self.prefetch,
+            target=self.target_shards,
         )
 
     def val_dataloader(self) -> ValBatches:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        return ValBatches(self.shards, self.batch_tokens, rank, world, stop=self.val_rows)
+        return ValBatches(self.shards, self.batch_tokens, rank, world, stop=self.val_rows, target=self.target_shards)

@@ -31,26 +31,32 @@ def cross_entropy_recovered(
     special_ids: Iterable[int],
     batch: int = 8,
     show_progress: bool = True,
+    target_hook_name: str | None = None,
 ) -> dict[str, Any]:
     """Cross-entropy (nats a token) and KL(original ‖ spliced) with each reconstruction in place of the hook.
+
+    With a `target_hook_name` (a transcoder) the functions read `hook_name`, and what they give, or zeros, takes the
+    place of the target instead.
 
     ce_score = (CE_zero − CE_sae) / (CE_zero − CE_orig) and kl_score = 1 − KL_sae / KL_zero: 1 is lossless, 0
     is what zeros in place of the activations do. Spliced are the kept positions alone; BOS, padding and
     special tokens stay as they are. Counted are the predictions of t + 1 from t where both are kept, summed
-    in float64. A function in `reconstruct` maps rows [n, d_in] float32 to the same shape; [heads, d_head] is
-    flattened for it. Returns {"ce": {"orig", "zero", name…}, "ce_score": {name…}, "kl": {"zero", name…},
-    "kl_score": {name…}, "tokens": n}.
+    in float64. A function in `reconstruct` maps rows [n, d_in] float32 to [n, d_out], which is d_in without a
+    target; [heads, d_head] is flattened for it. Returns {"ce": {"orig", "zero", name…}, "ce_score": {name…},
+    "kl": {"zero", name…}, "kl_score": {name…}, "tokens": n}.
 
-    Raises ValueError for a hook that the model does not have or through which nothing can be replaced, a name
-    that is taken, or tokens without two kept ones in a row.
+    Raises ValueError for a hook that the model does not have or through which nothing can be replaced, a target
+    that is computed before the input, a name that is taken, or tokens without two kept ones in a row.
     """
-    check_hook_name(bridge, hook_name)
-    if not can_replace(hook_name):
-        raise ValueError(f"{hook_name} can be read but not replaced; evaluate at hook_resid_pre or hook_resid_post")
+    at = target_hook_name or hook_name
+    for name in (hook_name, at):
+        check_hook_name(bridge, name)
+    if not can_replace(at):
+        raise ValueError(f"{at} can be read but not replaced; evaluate at hook_resid_pre or hook_resid_post")
     if taken := {"orig", "zero"} & set(reconstruct):
         raise ValueError(f"the reconstructions' names {sorted(taken)} are taken; rename them")
     special = list(special_ids)
-    splices: dict[str, Reconstruct] = {"zero": torch.zeros_like, **reconstruct}
+    splices: dict[str, Reconstruct | None] = {"zero": None, **reconstruct}
     ce = dict.fromkeys(["orig", *splices], 0.0)
     kl = dict.fromkeys(splices, 0.0)
     count = 0
@@ -63,7 +69,7 @@ def cross_entropy_recovered(
             original = log_probabilities(bridge(part), scored)
             ce["orig"] += negative_log_likelihood(original, target)
             for name, function in splices.items():
-                logits = bridge.run_with_hooks(part, fwd_hooks=[(hook_name, splice(function, keep))])
+                logits = bridge.run_with_hooks(part, fwd_hooks=splice(function, keep, hook_name, at))
                 spliced = log_probabilities(logits, scored)
                 ce[name] += negative_log_likelihood(spliced, target)
                 kl[name] += kl_divergence(original, spliced)
@@ -83,18 +89,32 @@ def cross_entropy_recovered(
     }
 
 
-def splice(function: Reconstruct, keep: Tensor) -> Callable[..., Tensor]:
-    """A hook that replaces the rows at `keep` [batch, pos] by the function of them, and no others."""
+def splice(
+    function: Reconstruct | None, keep: Tensor, hook_name: str, at: str
+) -> list[tuple[str, Callable[..., Tensor | None]]]:
+    """Hooks that put the function (None: zeros) of the rows read at `hook_name` in place of those at the hook `at`.
 
-    def hook_fn(value: Tensor, hook: Any) -> Tensor:
+    Only the rows at `keep` [batch, pos] are replaced. Where the two hooks are one, it is read before it is replaced.
+    """
+    read: list[Tensor] = []
+
+    def read_fn(value: Tensor, hook: Any) -> None:
+        read[:] = [value.flatten(2)[keep].float()]
+
+    def replace_fn(value: Tensor, hook: Any) -> Tensor:
+        if not read:
+            raise ValueError(
+                f"{at} is computed before {hook_name} and cannot be reconstructed from it; "
+                "set data.target_hook_name to a later hook"
+            )
         flat = value.flatten(2).clone()
-        rows = flat[keep].float()
-        new = function(rows)
-        assert new.shape == rows.shape, f"reconstruction has shape {tuple(new.shape)}, expected {tuple(rows.shape)}"
+        old = flat[keep]
+        new = torch.zeros_like(old) if function is None else function(read[0])
+        assert new.shape == old.shape, f"reconstruction has shape {tuple(new.shape)}, expected {tuple(old.shape)}"
         flat[keep] = new.to(flat.dtype)
         return flat.view_as(value)
 
-    return hook_fn
+    return [(hook_name, read_fn), (at, replace_fn)]
 
 
 def log_probabilities(logits: Float[Tensor, "batch pos vocab"], scored: Tensor) -> Float[Tensor, "n vocab"]:

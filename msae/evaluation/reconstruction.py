@@ -13,14 +13,14 @@ class ReconstructionSums:
     """Running sums from which the metrics of every prefix follow; `tensors` may be added up across processes."""
 
     def __init__(self, sae: MatryoshkaSAE) -> None:
-        self.prefixes, self.d_in = sae.prefixes, sae.d_in
+        self.prefixes, self.d_out = sae.prefixes, sae.d_out
         n = len(sae.prefixes)
         device = sae.W_dec.device
         shapes = {
             "tokens": (),
             "nonzero": (),
-            "x": (sae.d_in,),
-            "x_square": (),
+            "y": (sae.d_out,),
+            "y_square": (),
             "error": (n,),
             "recon_square": (n,),
             "product": (n,),
@@ -31,20 +31,22 @@ class ReconstructionSums:
         self.tensors = {name: torch.zeros(s, dtype=torch.float64, device=device) for name, s in shapes.items()}
 
     @torch.no_grad()
-    def update(self, sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"]) -> None:
-        """Add a batch of raw activations, encoded as at inference (by threshold)."""
+    def update(
+        self, sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None
+    ) -> None:
+        """Add a batch of raw activations, encoded as at inference, reconstructing `target` (x unless given)."""
         acts = sae.encode(x)
-        exact = x.double()
+        exact = (x if target is None else target).double()
         norm = exact.norm(dim=1)
         nonzero = norm > 0  # a direction and a ratio of norms only exist there
         t = self.tensors
         t["tokens"] += len(x)
         t["nonzero"] += nonzero.sum()
-        t["x"] += exact.sum(0)
-        t["x_square"] += exact.square().sum()
+        t["y"] += exact.sum(0)
+        t["y_square"] += exact.square().sum()
         t["fired"] += (acts > 0).sum(0)
         for i, scaled in enumerate(sae.decode_prefixes(acts)):
-            recon = scaled.double() / sae.scale
+            recon = sae.unscale(scaled.double())
             product, recon_norm = (exact * recon).sum(1), recon.norm(dim=1)
             t["error"][i] += (exact - recon).square().sum()
             t["recon_square"][i] += recon.square().sum()
@@ -55,20 +57,21 @@ class ReconstructionSums:
     def metrics(self) -> dict[str, float]:
         """Flat `name/p{width}` for every prefix.
 
-        mse = E‖x − x̂‖² / d_in;  fvu = E‖x − x̂‖² / (E‖x‖² − ‖E x‖²);  l0 = active latents a token;
-        dead = share of latents that never fired;  cosine = E cos(x, x̂);  l2_ratio = E ‖x̂‖/‖x‖ (both over x ≠ 0);
-        bias = E‖x̂‖² / E⟨x, x̂⟩ (1: no shrinkage);  dense_1pct, dense_10pct = share of latents firing on more tokens.
+        Of the target y (= x but for a transcoder): mse = E‖y − ŷ‖² / d_out;  fvu = E‖y − ŷ‖² / (E‖y‖² − ‖E y‖²);
+        l0 = active latents a token;  dead = share of latents that never fired;
+        cosine = E cos(y, ŷ);  l2_ratio = E ‖ŷ‖/‖y‖ (both over y ≠ 0);  bias = E‖ŷ‖² / E⟨y, ŷ⟩ (1: no shrinkage);
+        dense_1pct, dense_10pct = share of latents firing on more tokens.
         """
         t = {name: tensor.cpu() for name, tensor in self.tensors.items()}
         tokens, nonzero = float(t["tokens"]), max(1.0, float(t["nonzero"]))
         assert tokens > 0, "no batch was added"
-        variance = float(t["x_square"] - t["x"].square().sum() / tokens)
+        variance = float(t["y_square"] - t["y"].square().sum() / tokens)
         density = t["fired"] / tokens
         out: dict[str, float] = {}
         for i, width in enumerate(self.prefixes):
             error, product = float(t["error"][i]), float(t["product"][i])
             values = {
-                "mse": error / (tokens * self.d_in),
+                "mse": error / (tokens * self.d_out),
                 "fvu": error / variance if variance > 0 else float("nan"),
                 "l0": float(density[:width].sum()),
                 "dead": float((density[:width] == 0).double().mean()),
@@ -82,9 +85,10 @@ class ReconstructionSums:
         return out
 
 
-def reconstruction_metrics(sae: MatryoshkaSAE, batches: Iterable[Tensor]) -> dict[str, float]:
-    """`ReconstructionSums.metrics` over all batches of raw activations."""
+def reconstruction_metrics(sae: MatryoshkaSAE, batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """`ReconstructionSums.metrics` over all batches of raw activations, or of pairs (x, target)."""
     sums = ReconstructionSums(sae)
     for batch in batches:
-        sums.update(sae, batch.to(sae.W_dec))
+        pair = batch if isinstance(batch, (tuple, list)) else (batch,)
+        sums.update(sae, *(part.to(sae.W_dec) for part in pair))
     return sums.metrics()

@@ -1,66 +1,206 @@
 """The Matryoshka objective: every prefix reconstructs, dead latents learn from what is left over."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
+from msae.sae.auxk import AuxK, auxk_loss
 from msae.sae.model import MatryoshkaSAE
+from msae.sae.sparsity import PENALTIES, quadratic_l0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: L = Σ_m w_m (E‖y' − recon_m‖² + λ S_m) + α L_aux + γ L_orth over the levels m.
+
+    The levels are the prefixes, after b_dec alone if `bias_level`. w_m by `reduction` of n levels: 1 (sum), 1/n
+    (mean), 1/n² (mean_twice: dictionary_learning weighs, then averages) or as listed; times `balance`^i for the i-th
+    level inwards of the outermost (arXiv 2505.11756; 0 is vanilla). With `stop_gradient` each level takes the
+    reconstruction of the one before it as a constant. `error` says whether the squared error is summed or averaged
+    over d_out. Raises ValueError for negative weights.
+    """
+
+    reduction: Literal["sum", "mean", "mean_twice"] | Sequence[float] = "sum"
+    balance: float = 1.0
+    bias_level: bool = False
+    stop_gradient: bool = False
+    error: Literal["sum", "mean"] = "sum"
+    aux: AuxK = field(default_factory=AuxK)
+    orthogonality: float = 0.0  # γ
+    orthogonality_chunk: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.balance < 0:
+            raise ValueError(f"model.balance={self.balance} must not be negative; 1 weighs all levels alike")
+        if not isinstance(self.reduction, str) and any(w < 0 for w in self.reduction):
+            raise ValueError(f"model.reduction={list(self.reduction)} has a negative weight")
+
+    def weights(self, levels: int) -> Float[Tensor, " levels"]:
+        """w_m, float64, from the innermost level to the outermost. Raises ValueError for a list of another length."""
+        if isinstance(self.reduction, str):
+            power = {"sum": 0, "mean": -1, "mean_twice": -2}[self.reduction]
+            weights = torch.full((levels,), float(levels) ** power, dtype=torch.float64)
+        elif len(self.reduction) != levels:
+            raise ValueError(
+                f"model.reduction has {len(self.reduction)} weights for {levels} levels; give one for each prefix"
+                + (", the first for b_dec alone" if self.bias_level else "")
+            )
+        else:
+            weights = torch.tensor(list(self.reduction), dtype=torch.float64)
+        return weights * self.balance ** torch.arange(levels - 1, -1, -1, dtype=torch.float64)
 
 
 @dataclass
 class Loss:
-    """total: scalar with gradient. prefixes [n_prefixes]: E‖s·x − recon_m‖². aux: scalar. acts [batch, d_sae]."""
+    """total: scalar with gradient; the rest without.
+
+    levels: E‖y' − recon_m‖² of each level [levels], or their weighted sum [1] for every prefix. aux, sparsity (before
+    λ), orthogonality: scalars. acts [batch, d_sae].
+    """
 
     total: Tensor
-    prefixes: Tensor
+    levels: Tensor
     aux: Tensor
+    sparsity: Tensor
+    orthogonality: Tensor
     acts: Tensor
 
 
 def matryoshka_loss(
     sae: MatryoshkaSAE,
     x: Float[Tensor, "batch d_in"],
+    objective: Objective = Objective(),
     dead: Bool[Tensor, " d_sae"] | None = None,
-    aux_coefficient: float = 1 / 32,
-    k_aux: int | None = None,
+    target: Float[Tensor, "batch d_out"] | None = None,
+    prefixes: Sequence[int] | Literal["every"] | None = None,
+    sparsity_weight: float | Tensor = 0.0,
+    code: tuple[Tensor, Tensor] | None = None,
 ) -> Loss:
-    """L = Σ_m E‖s·x − recon_m‖² + α L_aux over the prefixes m (arXiv 2503.17547, eq. 6).
+    """L of `Objective` (arXiv 2503.17547, eq. 6) for raw activations x, reconstructing `target` (x unless given).
 
-    The squared error is summed over d_in and averaged over the batch. s is the SAE's scale: with activations of unit
-    variance each prefix's term is its FVU. One encoder pass and one BatchTopK over all latents serve every prefix.
+    One encoder pass and one selection over all latents serve every prefix. `prefixes` are the SAE's unless given (a
+    random draw, or "every"). `sparsity_weight` is λ; `code` is (pre, acts) where they are known already.
     """
-    target = x * sae.scale
-    pre = sae.pre(x)
-    acts = sae.select(pre)
-    recons = sae.decode_prefixes(acts)
-    prefixes = torch.stack([(target - recon).square().sum(-1).mean() for recon in recons])
-    aux = prefixes.new_zeros(())
-    if dead is not None and aux_coefficient > 0:
-        aux = auxk_loss(
-            sae, pre, (target - recons[-1]).detach(), dead, max(1, sae.d_in // 2) if k_aux is None else k_aux
+    y = sae.normalise_target(x if target is None else target)
+    pre, acts = code or encode_for_training(sae, x)
+    widths = sae.prefixes if prefixes is None else list(range(1, sae.d_sae + 1)) if prefixes == "every" else prefixes
+    widths = [0, *widths] if objective.bias_level else list(widths)
+    weights = objective.weights(len(widths)).to(y.device)
+    share = 1.0 if objective.error == "sum" else 1 / sae.d_out
+    if prefixes == "every":
+        if objective.stop_gradient or objective.aux.per_level:
+            raise ValueError("every prefix at once knows neither stop_gradient nor aux.per_level; use fixed prefixes")
+        recons = sae.decode_prefixes(acts, [sae.d_sae])
+        levels = every_prefix_error(sae, acts, y, weights, objective.bias_level)[None] * share
+        total = levels.sum()
+    else:
+        recons = sae.decode_prefixes(acts, widths, objective.stop_gradient)
+        levels = torch.stack([(y - recon).square().sum(-1).mean() for recon in recons]) * share
+        total = (weights.to(levels) * levels).sum()
+
+    aux = total.new_zeros(())
+    if dead is not None and objective.aux.coefficient > 0:
+        edges = widths if objective.aux.per_level else [sae.d_sae]
+        residuals = [y - recon for recon in recons[-len(edges) :]]
+        aux = auxk_loss(sae, pre, residuals, edges, dead, objective.aux) * (
+            share if objective.aux.normalise == "none" else 1.0
         )
-    return Loss(prefixes.sum() + aux_coefficient * aux, prefixes.detach(), aux.detach(), acts.detach())
+        total = total + objective.aux.coefficient * aux
+    sparsity = sparsity_penalty(sae, pre, acts, widths, weights)
+    if sae.sparsity in ("jumprelu", *PENALTIES):
+        total = total + sparsity_weight * sparsity  # λ is a scalar: it does not change the type
+    orthogonality = total.new_zeros(())
+    if objective.orthogonality > 0:
+        orthogonality = orthogonality_penalty(sae.W_dec, objective.orthogonality_chunk)
+        total = total + objective.orthogonality * orthogonality
+    return Loss(total, levels.detach(), aux.detach(), sparsity.detach(), orthogonality.detach(), acts.detach())
 
 
-def auxk_loss(
+def encode_for_training(sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"]) -> tuple[Tensor, Tensor]:
+    """(pre, acts) [batch, d_sae] of raw activations, selected as in training."""
+    pre = sae.pre(x)
+    return pre, sae.select(pre)
+
+
+def sparsity_penalty(
     sae: MatryoshkaSAE,
     pre: Float[Tensor, "batch d_sae"],
-    residual: Float[Tensor, "batch d_in"],
-    dead: Bool[Tensor, " d_sae"],
-    k_aux: int,
+    acts: Float[Tensor, "batch d_sae"],
+    widths: Sequence[int],
+    weights: Float[Tensor, " levels"],
 ) -> Float[Tensor, ""]:
-    """E‖e − ê‖² / E‖e‖²: the k_aux largest dead latents of each token reconstruct the residual e (arXiv 2406.04093).
+    """Σ_m w_m S_m with S_m = E Σ_{j<m} φ(a_j ‖W_dec,j‖) for `l1` and `log`; the quadratic L0 penalty for `jumprelu`.
 
-    e = s·x − recon is a constant here (detached by the caller), ê = Σ acts W_dec without b_dec, which e already
-    contains. Zero when no latent is dead or nothing is left to explain.
+    The weights are those of the reconstruction, so a latent pays once for every level that it serves. Zero for
+    `batch_topk` and `topk`.
     """
-    index = dead.nonzero().squeeze(1)
-    energy = residual.square().sum()
-    if len(index) == 0 or not energy > 0:
+    if sae.sparsity == "jumprelu":
+        return quadratic_l0(pre, sae.threshold.to(pre.dtype), sae.bandwidth, sae.k)
+    if sae.sparsity not in PENALTIES:
         return pre.new_zeros(())
-    pre_dead = pre[:, index]
-    values, chosen = pre_dead.topk(min(k_aux, len(index)), dim=1, sorted=False)
-    acts = torch.zeros_like(pre_dead).scatter(1, chosen, values.relu())
-    return (residual - acts @ sae.W_dec[index]).square().sum() / energy
+    if not sae.rescale_acts_by_decoder_norm:
+        acts = acts * sae.W_dec.norm(dim=1)
+    each = PENALTIES[sae.sparsity](acts).mean(0)
+    ends = torch.tensor(widths, device=each.device)
+    paid = torch.zeros(sae.d_sae + 1, dtype=weights.dtype, device=each.device).index_add_(0, ends, weights)
+    return (each * paid[1:].flip(0).cumsum(0).flip(0).to(each)).sum()  # latent j is in every level wider than j
+
+
+def every_prefix_error(
+    sae: MatryoshkaSAE,
+    acts: Float[Tensor, "batch d_sae"],
+    y: Float[Tensor, "batch d_out"],
+    weights: Float[Tensor, " levels"],
+    bias_level: bool,
+    rows: int = 256,
+) -> Float[Tensor, ""]:
+    """Σ_m w_m E‖y' − recon_m‖² over all widths m = (0,) 1 … d_sae, by work proportional to L0 (arXiv 2512.02194).
+
+    A token's reconstruction changes only at its active latents, so the widths between two of them share one error,
+    which is counted with the sum of their weights. Rows are taken `rows` at a time and recomputed in the backward.
+    """
+    start = weights[0] if bias_level else weights.new_zeros(())
+    upto = torch.cat([weights.new_zeros(1), weights[int(bias_level) :]]).cumsum(0) + start  # of widths 0 … m
+    parts = zip(sae._normed(acts).split(rows), y.split(rows), strict=True)
+    errors = [checkpoint(_runs, a, t, sae.W_dec, sae.b_dec, upto, use_reentrant=False) for a, t in parts]
+    return torch.stack(errors).sum() / len(acts)
+
+
+def _runs(acts: Tensor, y: Tensor, W_dec: Tensor, b_dec: Tensor, upto: Tensor) -> Tensor:
+    """The weighted error of these rows: one error for each run of widths between two active latents."""
+    active = acts.detach() > 0
+    most = max(1, int(active.sum(1).max()))
+    d_sae = acts.shape[1]
+    # active latents first, in their order; then some that are not, whose share is nothing
+    latent = torch.where(active, torch.arange(d_sae, device=acts.device), d_sae).topk(most, largest=False).values
+    latent = latent.sort(1).values
+    index = latent.clamp_max(d_sae - 1)
+    value = acts.gather(1, index) * (latent < d_sae)
+    sums = (value[..., None] * W_dec[index]).cumsum(1)
+    last = torch.full_like(latent[:, :1], d_sae)
+    weight = upto[torch.cat([latent, last], 1)]  # widths up to and with each run's last
+    weight = weight.diff(dim=1, prepend=torch.zeros_like(weight[:, :1])).to(acts.dtype)
+    before = (y - b_dec)[:, None]
+    return (weight * torch.cat([before, before - sums], 1).square().sum(2)).sum()
+
+
+def orthogonality_penalty(W_dec: Float[Tensor, "d_sae d_out"], chunk: int) -> Float[Tensor, ""]:
+    """Mean over latents i of max_{j≠i} cos²(W_dec,i, W_dec,j), j in the same chunk (OrtSAE, arXiv 2509.22033).
+
+    Latents are dealt into random chunks of at most `chunk`, anew at each call, so the cost is linear in d_sae.
+    """
+    rows = normalize(W_dec, dim=1)
+    n = len(rows)
+    order = torch.randperm(n, device=rows.device) if n > chunk else torch.arange(n, device=rows.device)
+    total = rows.new_zeros(())
+    for part in rows[order].split(chunk):
+        if len(part) > 1:
+            cosine = (part @ part.T).fill_diagonal_(0.0)
+            total = total + cosine.square().amax(1).sum()
+    return total / n

@@ -1,132 +1,219 @@
 """A Matryoshka sparse autoencoder in plain torch (arXiv 2503.17547); with one prefix it is a vanilla one."""
 
+import copy
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from msae.sae.sparsity import batch_topk
+from msae.sae.initial import Init, initial_weights
+from msae.sae.prefixes import resolve_prefixes
+from msae.sae.sparsity import batch_topk, jumprelu, topk
 
-
-def resolve_prefixes(prefixes: Sequence[int | float], d_sae: int) -> list[int]:
-    """Cumulative widths as ints: fractions of d_sae (all at most 1.0, at least one a float) or the widths themselves.
-
-    `[0.25, 1.0]` of 64 is `[16, 64]`. Raises ValueError unless they are strictly increasing, positive and end at d_sae.
-    """
-    if not prefixes:
-        raise ValueError(
-            f"model.prefixes is empty, expected cumulative widths that end at d_sae={d_sae}, e.g. [{d_sae}]"
-        )
-    widths = list(prefixes)
-    if any(isinstance(p, float) for p in widths):
-        if any(not 0 < p <= 1 for p in widths):
-            raise ValueError(f"model.prefixes={widths} mixes fractions and widths, expected all in (0, 1] or all ints")
-        exact = [p * d_sae for p in widths]
-        if any(abs(e - round(e)) > 1e-6 for e in exact):
-            raise ValueError(
-                f"model.prefixes={widths} of d_sae={d_sae} are not whole widths ({exact}); give the widths as ints"
-            )
-        widths = [round(e) for e in exact]
-    if widths[0] <= 0 or any(a >= b for a, b in pairwise(widths)):
-        raise ValueError(f"model.prefixes={widths} must be positive and strictly increasing (cumulative widths)")
-    if widths[-1] != d_sae:
-        raise ValueError(f"model.prefixes={widths} must end at d_sae={d_sae}; set model.prefixes or model.d_sae")
-    return [int(w) for w in widths]
+Sparsity = Literal["batch_topk", "topk", "jumprelu", "l1", "log"]
+Normalise = Literal["none", "unit_mean_square", "unit_rms", "unit_variance", "centred"]
 
 
 class MatryoshkaSAE(nn.Module):
     """Nested dictionaries: each of the first m latents, m in `prefixes`, reconstructs by itself.
 
-    pre = (s·x − b_dec) W_enc + b_enc,  acts = pre where it exceeds the threshold (BatchTopK while training),
-    recon_m = (acts[:m] W_dec[:m] + b_dec) / s   (arXiv 2503.17547, eq. 3–5).
+    x' = s (x − μ),  pre = (x' − b_dec) W_enc + b_enc,  acts = pre where it is selected,
+    recon_m = acts[:m] W_dec[:m] + b_dec,  which reconstructs y' = s_y (y − μ_y)   (arXiv 2503.17547, eq. 3–5).
 
-    Shapes: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in] with unit rows, b_dec [d_in], threshold [d_sae].
-    `scale` s brings activations to unit variance about their mean while training and is 1 in every saved SAE
-    (`fold_scale`), so a saved SAE maps raw activations to raw activations. Raises ValueError for impossible sizes.
+    Shapes: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out], threshold [d_sae].
+    - An autoencoder has y = x. With `d_out` it is a transcoder: y is another activation, with s_y and μ_y of its own,
+      and b_dec is not subtracted from the input (`apply_b_dec_to_input`).
+    - `sparsity` selects while training. At inference `topk` selects the same way; all others are active above
+      `threshold`: calibrated for `batch_topk`, learned for `jumprelu`, 0 for `l1` and `log` (a ReLU).
+    - `rescale_acts_by_decoder_norm`: pre is multiplied by ‖W_dec row‖ and the decoder used as if its rows had norm 1.
+    - `scale` s and `mean` μ normalise activations while training; `fold` moves them into the weights, and a saved SAE
+      maps raw activations to raw activations.
+    Raises ValueError for impossible sizes.
     """
 
     W_enc: nn.Parameter
     threshold: Tensor
+    prefix_thresholds: Tensor
     threshold_ema: Tensor
     threshold_weight: Tensor
     scale: Tensor
+    mean: Tensor
     tokens_since_fired: Tensor
+    use: Tensor
 
-    # Kept in fp32 (int64) whatever the module is cast to: in bf16 an EMA with rate 0.01 stops moving.
-    _EXACT = ("threshold", "threshold_ema", "threshold_weight", "scale")
+    # Never in less than fp32, whatever the module is cast to: in bf16 an EMA with rate 0.01 stops moving.
+    _EXACT = (
+        *("threshold", "prefix_thresholds", "threshold_ema", "threshold_weight", "use"),
+        *("scale", "mean", "output_scale", "output_mean"),
+    )
+    LATENT_AXIS: ClassVar[dict[str, int]] = {
+        "W_enc": 1,
+        "b_enc": 0,
+        "W_dec": 0,
+        "threshold": 0,
+        "tokens_since_fired": 0,
+        "use": 0,
+    }
 
-    def __init__(self, d_in: int, d_sae: int, prefixes: Sequence[int | float], k: float, seed: int = 0) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        prefixes: Sequence[int | float],
+        k: float,
+        seed: int = 0,
+        d_out: int | None = None,
+        sparsity: Sparsity = "batch_topk",
+        rescale_acts_by_decoder_norm: bool = False,
+        apply_b_dec_to_input: bool = True,
+        encoder_bias: bool = True,
+        init: Init = "tied",
+        decoder_init_norm: float = 1.0,
+        threshold_init: float = 0.001,
+        bandwidth: float = 0.001,
+    ) -> None:
         super().__init__()
         if d_in <= 0 or d_sae <= 0:
             raise ValueError(f"d_in={d_in} and d_sae={d_sae} must be positive")
         if not 0 < k <= d_sae:
             raise ValueError(f"model.k={k} must be positive and at most d_sae={d_sae}")
-        self.d_in, self.d_sae, self.k = d_in, d_sae, k
+        if sparsity == "topk" and k != int(k):
+            raise ValueError(f"model.k={k} must be whole with model.sparsity=topk, which keeps k latents of each token")
+        self.d_in, self.d_sae, self.d_out, self.k = d_in, d_sae, d_out or d_in, k
+        self.is_transcoder = d_out is not None
+        self.sparsity: Sparsity = sparsity
+        self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
+        self.apply_b_dec_to_input = apply_b_dec_to_input and not self.is_transcoder
+        self.bandwidth = bandwidth
         self.prefixes = resolve_prefixes(prefixes, d_sae)
         self.metadata: dict[str, Any] = {}
 
-        generator = torch.Generator().manual_seed(seed)
-        directions = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
-        self.W_dec = nn.Parameter(directions)
-        self.W_enc = nn.Parameter(directions.T.contiguous())
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        W_enc, W_dec = initial_weights(d_in, d_sae, d_out, init, decoder_init_norm, seed)
+        self.W_enc, self.W_dec = nn.Parameter(W_enc), nn.Parameter(W_dec)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae), requires_grad=encoder_bias)
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        if sparsity == "jumprelu":
+            self.threshold = nn.Parameter(torch.full((d_sae,), threshold_init))
+        else:  # not set yet, but for a ReLU
+            self.register_buffer("threshold", torch.full((d_sae,), 0.0 if sparsity in ("l1", "log") else torch.nan))
 
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("threshold", torch.full((d_sae,), torch.nan))  # not set yet
+        self.register_buffer("prefix_thresholds", torch.full((len(self.prefixes),), torch.nan))
         self.register_buffer("threshold_ema", torch.zeros(()))
         self.register_buffer("threshold_weight", torch.zeros(()))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+        self.register_buffer("use", torch.zeros(d_sae))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("mean", torch.zeros(d_in))
+        if self.is_transcoder:
+            self.register_buffer("output_scale", torch.ones(()))
+            self.register_buffer("output_mean", torch.zeros(self.d_out))
+
+    @property
+    def target_scale(self) -> Tensor:
+        """s_y: an autoencoder's is that of its input."""
+        return self._buffers["output_scale"] if self.is_transcoder else self.scale  # type: ignore[return-value]
+
+    @property
+    def target_mean(self) -> Tensor:
+        """μ_y [d_out]: an autoencoder's is that of its input."""
+        return self._buffers["output_mean"] if self.is_transcoder else self.mean  # type: ignore[return-value]
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        exact = {name: self._buffers[name] for name in self._EXACT}
+        exact = {name: t.detach() for name in self._EXACT if (t := self._tensor(name)) is not None}
         super()._apply(fn, recurse)
         for name, before in exact.items():
-            after = self._buffers[name]
-            assert before is not None
+            after = self._tensor(name)
             assert after is not None
-            if after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
+            if torch.finfo(after.dtype).bits < 32:
+                kept = before.to(after.device, torch.float32)
+                if isinstance(after, nn.Parameter):
+                    after.data = kept
+                else:
+                    self._buffers[name] = kept
         return self
+
+    def _tensor(self, name: str) -> Tensor | None:
+        return self._buffers.get(name, self._parameters.get(name))
 
     # --- encode and decode -------------------------------------------------------------------------------------
 
     def pre(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Pre-activations (s·x − b_dec) W_enc + b_enc of raw activations x."""
-        return (x * self.scale - self.b_dec) @ self.W_enc + self.b_enc
+        """Pre-activations (s (x − μ) − b_dec) W_enc + b_enc of raw activations x, × ‖W_dec row‖ where rescaled."""
+        x = ((x - self.mean) * self.scale).to(self.W_enc.dtype)
+        if self.apply_b_dec_to_input:
+            x = x - self.b_dec
+        pre = x @ self.W_enc + self.b_enc
+        return pre * self.W_dec.norm(dim=1) if self.rescale_acts_by_decoder_norm else pre
+
+    def select(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """The latent activations of a training batch."""
+        if self.sparsity == "batch_topk":
+            return batch_topk(pre, self.k)
+        if self.sparsity == "topk":
+            return topk(pre, int(self.k))
+        if self.sparsity == "jumprelu":
+            return jumprelu(pre, self.threshold.to(pre.dtype), self.bandwidth)
+        return pre.relu()
 
     def encode(self, x: Float[Tensor, "*batch d_in"], prefix: int | None = None) -> Float[Tensor, "*batch width"]:
-        """Latent activations at inference: pre-activations above the threshold, the first `prefix` of them if given.
+        """Latent activations at inference, of the first `prefix` latents if given.
 
         Independent of the rest of the batch and of train() or eval(). Raises ValueError while no threshold is set.
         """
+        pre, width = self.pre(x), self._width(prefix)
+        if self.sparsity == "topk":
+            return topk(pre, int(self.k))[..., :width]
         if torch.isnan(self.threshold[0]):
             raise ValueError("this SAE has no threshold yet; train it or calibrate it before encoding")
-        pre = self.pre(x)
-        return torch.where(pre > self.threshold.to(pre.dtype), pre.relu(), 0.0)[..., : self._width(prefix)]
+        return torch.where(pre > self.threshold.to(pre.dtype), pre.relu(), 0.0)[..., :width]
 
-    def decode(self, acts: Float[Tensor, "*batch width"], prefix: int | None = None) -> Float[Tensor, "*batch d_in"]:
-        """Raw activations (acts[:m] W_dec[:m] + b_dec) / s from the first m = `prefix` latents (all that are given)."""
+    def decode(self, acts: Float[Tensor, "*batch width"], prefix: int | None = None) -> Float[Tensor, "*batch d_out"]:
+        """Raw activations (acts[:m] W_dec[:m] + b_dec) / s + μ from the first m = `prefix` latents (all given ones)."""
         width = self._width(prefix if prefix is not None else acts.shape[-1])
-        return (acts[..., :width] @ self.W_dec[:width] + self.b_dec) / self.scale
+        return self.unscale(self._normed(acts)[..., :width] @ self.W_dec[:width] + self.b_dec)
 
-    def forward(self, x: Float[Tensor, "*batch d_in"], prefix: int | None = None) -> Float[Tensor, "*batch d_in"]:
+    def forward(self, x: Float[Tensor, "*batch d_in"], prefix: int | None = None) -> Float[Tensor, "*batch d_out"]:
         """decode(encode(x)) at a prefix."""
         return self.decode(self.encode(x, prefix), prefix)
 
-    def decode_prefixes(self, acts: Float[Tensor, "batch d_sae"]) -> list[Float[Tensor, "batch d_in"]]:
-        """The reconstruction of every prefix in scaled units (s·x), for the price of one decode: a running sum."""
-        sizes = [stop - start for start, stop in pairwise([0, *self.prefixes])]
-        recons = []
-        recon = self.b_dec.expand(len(acts), -1)
+    def decode_prefixes(
+        self, acts: Float[Tensor, "batch d_sae"], prefixes: Sequence[int] | None = None, stop_gradient: bool = False
+    ) -> list[Float[Tensor, "batch d_out"]]:
+        """The reconstruction of every prefix in scaled units (y'), for the price of one decode: a running sum.
+
+        `prefixes` are this SAE's unless given; 0 is b_dec alone. With `stop_gradient` each level takes the one before
+        it as a constant. Raises nothing: the last prefix must be d_sae.
+        """
+        prefixes = self.prefixes if prefixes is None else prefixes
+        assert prefixes[-1] == self.d_sae, f"prefixes {prefixes} do not end at {self.d_sae}"
         # split, not slices: the backward of a slice fills a whole [batch, d_sae] with zeros for each of them
-        for group, directions in zip(acts.split(sizes, dim=1), self.W_dec.split(sizes), strict=True):
+        sizes = [stop - start for start, stop in pairwise([0, *prefixes])]
+        groups = zip(self._normed(acts).split(sizes, dim=1), self.W_dec.split(sizes), strict=True)
+        recons: list[Tensor] = []
+        recon = self.b_dec.expand(len(acts), -1)
+        for group, directions in groups:
+            if stop_gradient and recons:
+                recon = recon.detach()
             recon = recon + group @ directions
             recons.append(recon)
         return recons
+
+    def normalise_target(self, y: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_out"]:
+        """y' = s_y (y − μ_y), what the decoder reconstructs."""
+        return ((y - self.target_mean) * self.target_scale).to(y.dtype)
+
+    def unscale(self, recon: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_out"]:
+        """Raw units: recon / s_y + μ_y."""
+        return (recon / self.target_scale + self.target_mean).to(recon.dtype)
+
+    def _normed(self, acts: Tensor) -> Tensor:
+        """What multiplies W_dec: acts, ÷ ‖W_dec row‖ where they were rescaled by it."""
+        if not self.rescale_acts_by_decoder_norm:
+            return acts
+        return acts * (1 / self.W_dec[: acts.shape[-1]].norm(dim=1))
 
     def _width(self, prefix: int | None) -> int:
         if prefix is None:
@@ -135,19 +222,132 @@ class MatryoshkaSAE(nn.Module):
             raise ValueError(f"prefix={prefix} must lie between 1 and d_sae={self.d_sae}")
         return prefix
 
+    # --- other forms of the same SAE ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def truncate(self, prefix: int, own_threshold: bool = False) -> "MatryoshkaSAE":
+        """A smaller SAE of the first `prefix` latents, a copy; its codes are those of encode(x, prefix).
+
+        With `own_threshold` its threshold is the one at which these latents alone have k active (calibrated for the
+        widths in `prefixes`). A `topk` SAE has its k among these latents. Raises ValueError for impossible widths.
+        """
+        width = self._width(prefix)
+        inner = [p for p in self.prefixes if p < width]
+        small = MatryoshkaSAE(self.d_in, width, [*inner, width], min(self.k, width), **self.options())
+        state = self.state_dict()
+        for name, axis in self.LATENT_AXIS.items():
+            state[name] = state[name].narrow(axis, 0, width)
+        own = self.prefix_thresholds[self.prefixes.index(width)] if width in self.prefixes else torch.tensor(torch.nan)
+        state["prefix_thresholds"] = torch.stack([*self.prefix_thresholds[: len(inner)], own.to(self.scale)])
+        small.to(self.W_dec).load_state_dict(state)
+        small.metadata = copy.deepcopy(self.metadata)
+        if own_threshold:
+            if torch.isnan(own):
+                raise ValueError(f"no threshold is calibrated for {width} latents alone; they are for {self.prefixes}")
+            small.threshold.fill_(float(own))
+        return small
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments beyond sizes that decide how this SAE encodes and decodes."""
+        return {
+            "d_out": self.d_out if self.is_transcoder else None,
+            "sparsity": self.sparsity,
+            "rescale_acts_by_decoder_norm": self.rescale_acts_by_decoder_norm,
+            "apply_b_dec_to_input": self.apply_b_dec_to_input,
+            "encoder_bias": self.b_enc.requires_grad,
+            "bandwidth": self.bandwidth,
+        }
+
+    @torch.no_grad()
+    def fold_decoder_norm(self) -> None:
+        """Give every decoder row unit norm n → 1 without changing what comes out: acts × n, W_dec / n.
+
+        W_enc, b_enc and the threshold are multiplied by n; not where pre was rescaled by n, whose units they have.
+        For `topk` without rescaling this changes which latents are the largest, so it raises ValueError.
+        """
+        if self.sparsity == "topk" and not self.rescale_acts_by_decoder_norm:
+            raise ValueError("folding decoder norms would change which latents a topk SAE selects")
+        norm = self.W_dec.norm(dim=1).clamp_min(1e-12)
+        self.W_dec.div_(norm[:, None])
+        self.W_enc.mul_(norm)
+        self.b_enc.mul_(norm)
+        if not self.rescale_acts_by_decoder_norm:
+            self.threshold.mul_(norm)
+            self.prefix_thresholds.fill_(torch.nan)  # one number cannot follow norms that differ: calibrate again
+        self.rescale_acts_by_decoder_norm = False
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Fold normalisation (and rescaled decoder norms) into the weights: s = 1, μ = 0, raw activations in and out.
+
+        acts become acts / s_y, in raw units, and the decoder keeps its rows:
+        W_enc s / s_y,  b_dec / s_y + μ_y,  θ / s_y,  b_enc / s_y (− μ W_enc where b_dec is not applied to the input).
+        """
+        if self.rescale_acts_by_decoder_norm:
+            self.fold_decoder_norm()
+        ratio = self.scale / self.target_scale
+        if float(ratio) != 1:
+            self.W_enc.mul_(ratio)
+        for tensor in (self.b_enc, self.b_dec, self.threshold, self.prefix_thresholds, self.threshold_ema):
+            tensor.div_(self.target_scale)
+        if not self.apply_b_dec_to_input and bool(self.mean.any()):
+            self.b_enc.sub_((self.mean.double() @ self.W_enc.double()).to(self.b_enc))
+        self.b_dec.add_(self.target_mean)
+        self.scale.fill_(1.0), self.mean.zero_()
+        self.target_scale.fill_(1.0), self.target_mean.zero_()
+
+    @torch.no_grad()
+    def permute(self, order: Int[Tensor, " d_sae"], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Re-sort the latents: latent i becomes what latent order[i] was, in weights, EMAs, counters and Adam's state.
+
+        Every tensor of the optimizer that has a parameter's shape moves with it.
+        """
+        for name, axis in self.LATENT_AXIS.items():
+            tensor = self._tensor(name)
+            assert tensor is not None
+            moving = [tensor.data]
+            if optimizer is not None and isinstance(tensor, nn.Parameter):
+                state = optimizer.state.get(tensor, {})
+                moving += [s for s in state.values() if isinstance(s, Tensor) and s.shape == tensor.shape]
+            for t in moving:
+                t.copy_(t.index_select(axis, order))
+
     # --- training state ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def set_statistics(self, mean: Float[Tensor, " d_in"], mean_square: float) -> None:
-        """Start from the data: s = (E‖x‖² − ‖E x‖²)^(−1/2), so that FVU is the loss, and b_dec = s · E x.
+    def set_statistics(
+        self,
+        mean: Float[Tensor, " d_in"],
+        mean_square: float,
+        normalise: Normalise = "unit_variance",
+        target: tuple[Tensor, float] | None = None,
+    ) -> None:
+        """Set s and μ from E x [d_in] and E‖x‖² in raw units, b_dec to E y'; a transcoder's `target` has those of y.
 
-        mean = E x [d_in] and mean_square = E‖x‖² in raw units. Raises ValueError if the activations never vary.
+        none: s = 1. unit_mean_square: E‖x'‖² = 1. unit_rms: E‖x'‖² = d_in. unit_variance: E‖x' − E x'‖² = 1, so that
+        the loss is the FVU. centred: that, and μ = E x (else μ = 0).
+        Raises ValueError if the activations never vary or are all zero.
         """
+        self._normalise(self.scale, self.mean, mean, mean_square, normalise)
+        if self.is_transcoder:
+            assert target is not None, "a transcoder needs the statistics of its target"
+            mean, mean_square = target
+            self._normalise(self.target_scale, self.target_mean, mean, mean_square, normalise)
+        self.b_dec.copy_(self.normalise_target(mean))
+
+    def _normalise(self, scale: Tensor, shift: Tensor, mean: Tensor, mean_square: float, normalise: Normalise) -> None:
         variance = mean_square - float(mean.double().square().sum())
         if not variance > 0:
             raise ValueError(f"the activations have variance {variance:.3g}; there is nothing to reconstruct")
-        self.scale.fill_(variance**-0.5)
-        self.b_dec.copy_(mean.to(self.b_dec) * self.scale)
+        units = {
+            "none": 1.0,
+            "unit_mean_square": mean_square,
+            "unit_rms": mean_square / len(mean),
+            "unit_variance": variance,
+            "centred": variance,
+        }
+        scale.fill_(units[normalise] ** -0.5)
+        shift.copy_(mean if normalise == "centred" else torch.zeros_like(mean))
 
     @torch.no_grad()
     def update_threshold(self, acts: Float[Tensor, "batch d_sae"], rate: float) -> None:
@@ -163,32 +363,23 @@ class MatryoshkaSAE(nn.Module):
         """Count for each latent the tokens since it last fired; fired > 0 where it did among these tokens."""
         self.tokens_since_fired.add_(tokens).masked_fill_(fired > 0, 0)
 
+    @torch.no_grad()
+    def update_use(self, mean_square_acts: Float[Tensor, " d_sae"], rate: float) -> None:
+        """EMA from 0 of E (a ‖W_dec row‖)², what a latent contributes; only its order matters, so no correction."""
+        self.use.lerp_(mean_square_acts.to(self.use), rate)
+
     def dead(self, dead_after_tokens: int) -> Tensor:
         """Bool [d_sae]: latents that have not fired for at least `dead_after_tokens` tokens."""
         return self.tokens_since_fired >= dead_after_tokens
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
-        """Bring every decoder row to unit norm (after the optimizer step)."""
+        """Bring every decoder row to unit norm."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:
-        """Remove from each row's gradient its part parallel to the row: it would only change the norm."""
+        """Remove from each row's gradient its part parallel to the (unit) row: it would only change the norm."""
         if self.W_dec.grad is not None:
             parallel = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
             self.W_dec.grad.addcmul_(parallel, self.W_dec, value=-1)
-
-    @torch.no_grad()
-    def fold_scale(self) -> None:
-        """Make s = 1 by moving it into the biases and the threshold: b / s, θ / s; the decoder keeps unit rows.
-
-        acts' = acts / s are then in raw units: (x − b_dec/s) W_enc + b_enc/s = pre / s.
-        """
-        for tensor in (self.b_enc, self.b_dec, self.threshold, self.threshold_ema):
-            tensor.div_(self.scale)
-        self.scale.fill_(1.0)
-
-    def select(self, pre: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
-        """The active latents of a training batch (BatchTopK with this SAE's k)."""
-        return batch_topk(pre, self.k)

@@ -16,18 +16,20 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from msae import __version__
 from msae.config import run_directory
-from msae.data.batches import ValBatches
+from msae.data.batches import TrainBatches, ValBatches
 from msae.data.datamodule import ActivationData
 from msae.data.shards import Shards, write_json
 from msae.evaluation.evaluate import calibrate, evaluate
 from msae.evaluation.pictures import decoder_against_truth
-from msae.sae import MatryoshkaSAE, load_sae, save_sae
+from msae.sae import load_sae, save_sae
 from msae.training.callbacks import Interrupted, PrefixCharts, SaveWhenStopping, TokenProgress
 from msae.training.checkpoints import LAST, AtomicCheckpointIO, checkpoint_callbacks, resume_from, unreadable
 from msae.training.memory import keep_freed_memory
-from msae.training.module import MatryoshkaTraining
+from msae.training.module import FOLDED_AFTER_TRAINING, MatryoshkaTraining
 
 
 def run(cfg: DictConfig) -> None:
@@ -39,7 +41,7 @@ def run(cfg: DictConfig) -> None:
     if checkpoint is not None:
         refuse_other_settings(checkpoint.parent.parent / "config.yaml", cfg)
     data: ActivationData = instantiate(cfg.data)
-    module = build_module(cfg, data.shards)
+    module = build_module(cfg, data)
     check_budget(cfg, data)
     run = checkpoint.parent.parent if checkpoint else run_directory(cfg.name, cfg.runs, cfg.run_dir)
     if checkpoint is None:
@@ -54,7 +56,7 @@ def run(cfg: DictConfig) -> None:
         raise SystemExit(stop.exit_code) from None
     if trainer.is_global_zero:
         module.to(trainer.strategy.root_device)  # Lightning moved it to the CPU
-        metrics = finish(module.sae, data, run, cfg)
+        metrics = finish(module, data, run, cfg)
         per_step = data.batch_tokens * trainer.world_size * trainer.accumulate_grad_batches
         metrics |= {
             "train/tokens": float(trainer.global_step * per_step),
@@ -149,16 +151,28 @@ def check_budget(cfg: DictConfig, data: ActivationData) -> None:
         raise ValueError("trainer.precision=16 needs loss scaling, which clipping here does not know; use bf16-mixed")
 
 
-def build_module(cfg: DictConfig, shards: Shards) -> MatryoshkaTraining:
+def build_module(cfg: DictConfig, data: ActivationData) -> MatryoshkaTraining:
     """The LightningModule for these shards, starting from their mean and variance."""
-    wanted = cfg.model.get("d_in")
-    if wanted is not None and wanted != shards.d_in:
+    shards, target = data.shards, data.target_shards
+    if target is None and cfg.model.get("d_out") is not None:
         raise ValueError(
-            f"shards in {shards.directory} have d_in={shards.d_in}, the model expects {wanted}; "
-            "drop model.d_in or harvest another hook"
+            f"model.d_out={cfg.model.d_out} is of a transcoder; name what it reconstructs with data.target_hook_name=…"
         )
-    module: MatryoshkaTraining = instantiate(cfg.model, d_in=shards.d_in)
-    module.sae.set_statistics(shards.mean, shards.mean_square)
+    for key, of in (("d_in", shards), ("d_out", target)):
+        wanted = cfg.model.get(key)
+        if of is not None and wanted not in (None, of.d_in):
+            raise ValueError(
+                f"shards in {of.directory} have {key}={of.d_in}, the model expects {wanted}; "
+                f"drop model.{key} or harvest another hook"
+            )
+    sizes = {"d_in": shards.d_in, "d_out": target.d_in if target is not None else None}
+    module: MatryoshkaTraining = instantiate(cfg.model, **sizes)
+    of_target = (target.mean, target.mean_square) if target is not None else None
+    first = None
+    if module.b_dec_init == "geometric_median":
+        batch = TrainBatches(target or shards, data.batch_tokens, 1, data.seed).batch(0)
+        first = batch if isinstance(batch, Tensor) else batch[1]
+    module.start_from((shards.mean, shards.mean_square), of_target, first)
     return module
 
 
@@ -184,20 +198,30 @@ def build_trainer(cfg: DictConfig, data: ActivationData, module: MatryoshkaTrain
     return trainer
 
 
-def finish(sae: MatryoshkaSAE, data: ActivationData, run: Path, cfg: DictConfig) -> dict[str, float]:
+def finish(module: MatryoshkaTraining, data: ActivationData, run: Path, cfg: DictConfig) -> dict[str, float]:
     """Calibrate on the first half of the held-out rows, export, and measure what was exported on the second half."""
-    shards = data.shards
+    shards, sae = data.shards, module.sae
     middle = sum(shards.rows("val")) // 2
-    calibrate(sae, ValBatches(shards, data.batch_tokens, stop=min(middle, cfg.evaluation.calibration_tokens)))
-    save_sae(sae, run / "sae", sae_metadata(shards))
+    if module.decoder in FOLDED_AFTER_TRAINING:
+        sae.fold_decoder_norm()
+    stop = min(middle, cfg.evaluation.calibration_tokens)
+    calibrate(sae, ValBatches(shards, data.batch_tokens, stop=stop))
+    save_sae(sae, run / "sae", sae_metadata(shards, data.target_shards, module))
     exported = load_sae(run / "sae", sae.W_dec.device)
     return evaluate(
-        exported, shards, data.source, data.hook_name, middle, data.batch_tokens, cfg.evaluation.ce_sequences
+        exported,
+        shards,
+        data.source,
+        data.hook_name,
+        middle,
+        data.batch_tokens,
+        cfg.evaluation.ce_sequences,
+        data.target_shards,
     )
 
 
-def sae_metadata(shards: Shards) -> dict[str, Any]:
-    """What a user of the SAE must know about the activations it was trained on, under SAELens's names."""
+def sae_metadata(shards: Shards, target: Shards | None, module: MatryoshkaTraining) -> dict[str, Any]:
+    """What a user of the SAE must know about the activations it was trained on, under SAELens's names, and how."""
     identity, provenance = shards.identity, shards.manifest["provenance"]
     return {
         "model_name": provenance.get("model", identity.get("source")),
@@ -207,6 +231,16 @@ def sae_metadata(shards: Shards) -> dict[str, Any]:
         "prepend_bos": identity.get("prepend_bos"),
         "dataset_path": provenance.get("text"),
         "seqpos_slice": [None],
+        **({"hook_name_out": target.manifest["hook_name"]} if target is not None else {}),
+        "trained_with": f"msae {__version__}",
+        "training_architecture_details": {
+            "decoder_init_norm": module.hparams["decoder_init_norm"],
+            "aux_loss_coefficient": module.objective.aux.coefficient,
+            "use_matryoshka_aux_loss": module.objective.aux.per_level,
+            "rescale_acts_by_decoder_norm": module.decoder == "rescaled",
+            "topk_threshold_lr": module.threshold_rate,
+        },
+        "msae": {"training": dict(module.hparams)},
         "shards": {"identity_hash": shards.manifest["identity_hash"], "identity": identity},
     }
 

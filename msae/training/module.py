@@ -1,25 +1,54 @@
 """The LightningModule: holds the SAE, delegates to its loss, keeps the decoder on the sphere, logs every prefix."""
 
+import math
 import time
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from msae.data.batches import Batch
+from msae.data.seeds import stream
 from msae.evaluation.reconstruction import ReconstructionSums
-from msae.sae import Loss, MatryoshkaSAE, matryoshka_loss
+from msae.sae import (
+    AuxK,
+    L0Controller,
+    Loss,
+    MatryoshkaSAE,
+    Objective,
+    encode_for_training,
+    geometric_median,
+    matryoshka_loss,
+    pareto_prefixes,
+)
+from msae.sae.initial import Init
+from msae.sae.model import Normalise, Sparsity
 
 METRICS = ("loss", "mse", "fvu", "l0", "dead")
+FOLDED_AFTER_TRAINING = ("free", "unit_norm_before_step")
+WITH_PENALTY = ("jumprelu", "l1", "log")
 
 
 class MatryoshkaTraining(L.LightningModule):
-    """Trains a MatryoshkaSAE with Adam, linear warm-up and linear decay, unit-norm decoder rows, AuxK and clipping.
+    """Trains a MatryoshkaSAE with Adam, warm-up, decay and clipping; `Objective` and `AuxK` say what is minimised.
 
-    Units: `warmup_steps` optimizer steps, `decay_start` a share of all steps, `dead_after_tokens` tokens, `k` active
-    latents a token, `prefixes` cumulative widths or fractions of d_sae. `threshold_rate` is the EMA's. Every argument
-    is a plain value, so `load_from_checkpoint` works under safe loading. `d_in` comes from the shards.
-    Raises ValueError for impossible sizes.
+    - SAE: see `MatryoshkaSAE`; k is the wanted L0 for every `sparsity`. `normalise` and where `b_dec_init` starts:
+      `set_statistics`. `decoder`: rows of unit norm after the step (the published recipe), only before it
+      (`unit_norm_before_step`), `free` (a penalty on acts then takes the norm in), or acts `rescaled` by the norm.
+    - `prefix_sampling`: the `prefixes`; `random` draws `n_prefixes` anew each step; `every` takes all widths. What is
+      logged and exported are the `prefixes` in any case.
+    - λ of a sparsity penalty: `sparsity_weight`, after `sparsity_warmup_steps` (below 1: a share of all steps), then
+      moved by `sparsity_control` a step towards k active latents.
+    - `resort_rate`: re-sort latents by their use after each step, rate of its EMA; null: never.
+    - `lr` (null: 2e-4 / √(d_sae / 2¹⁴), arXiv 2406.04093) is reached after `warmup_steps`, linearly or by a cosine; the
+      first step has `warmup_start` · lr (null: lr / warmup_steps, as if one step were done). It falls linearly from
+      `decay_start`, a share of all steps, to `decay_end` · lr.
+    - A latent is dead after `dead_after_tokens` without firing, or `dead_after_steps` batches if given; these are
+      counted up to the batch, or with it (`dead_includes_batch`). `threshold_rate` is the EMA's.
+    Every argument is a plain value, so `load_from_checkpoint` works under safe loading. `d_in` (and `d_out`, of a
+    transcoder) come from the shards. Raises ValueError for impossible sizes and combinations.
     """
 
     def __init__(
@@ -28,48 +57,187 @@ class MatryoshkaTraining(L.LightningModule):
         d_sae: int,
         prefixes: list[int | float],
         k: int | float,
-        lr: float = 3e-4,
+        d_out: int | None = None,
+        sparsity: Sparsity = "batch_topk",
+        decoder: Literal["unit_norm", "unit_norm_before_step", "free", "rescaled"] = "unit_norm",
+        normalise: Normalise = "unit_variance",
+        apply_b_dec_to_input: bool = True,
+        encoder_bias: bool = True,
+        init: Init = "tied",
+        decoder_init_norm: float = 1.0,
+        b_dec_init: Literal["zero", "mean", "geometric_median"] = "mean",
+        threshold_init: float = 0.001,
+        bandwidth: float = 0.001,
+        threshold_rate: float = 0.01,
+        prefix_sampling: Literal["fixed", "random", "every"] = "fixed",
+        n_prefixes: int | None = None,
+        reduction: Literal["sum", "mean", "mean_twice"] | list[float] = "sum",
+        balance: float = 1.0,
+        bias_level: bool = False,
+        stop_gradient: bool = False,
+        error: Literal["sum", "mean"] = "sum",
+        aux: AuxK | dict[str, Any] | None = None,
+        dead_after_tokens: int = 10_000_000,
+        dead_after_steps: int | None = None,
+        dead_includes_batch: bool = False,
+        sparsity_weight: float = 1.0,
+        sparsity_warmup_steps: int | float = 0,
+        sparsity_control: float = 0.0,
+        orthogonality: float = 0.0,
+        orthogonality_chunk: int = 8192,
+        resort_rate: float | None = None,
+        lr: float | None = 3e-4,
         betas: list[float] = [0.9, 0.999],  # noqa: B006
         warmup_steps: int = 1000,
+        warmup_shape: Literal["linear", "cosine"] = "linear",
+        warmup_start: float | None = None,
         decay_start: float = 0.8,
+        decay_end: float = 0.0,
         grad_clip: float = 1.0,
-        aux_coefficient: float = 1 / 32,
-        k_aux: int | None = None,
-        dead_after_tokens: int = 10_000_000,
-        threshold_rate: float = 0.01,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        aux = asdict(aux) if isinstance(aux, AuxK) else dict(aux or {})  # hyperparameters are plain
         self.save_hyperparameters(logger=False)
-        if not 0 <= decay_start <= 1:
-            raise ValueError(f"model.decay_start={decay_start} is a share of all steps, expected between 0 and 1")
-        for name, value in (("lr", lr), ("grad_clip", grad_clip), ("k_aux", k_aux)):
+        for name, value in (
+            *(("decay_start", decay_start), ("decay_end", decay_end), ("warmup_start", warmup_start)),
+            *(("threshold_rate", threshold_rate), ("resort_rate", resort_rate), ("sparsity_control", sparsity_control)),
+        ):
+            if value is not None and not 0 <= value <= 1:
+                what = "a share of all steps" if name == "decay_start" else "a share"
+                raise ValueError(f"model.{name}={value} is {what}, expected between 0 and 1")
+        for name, value in (
+            *(("lr", lr), ("grad_clip", grad_clip), ("bandwidth", bandwidth), ("dead_after_steps", dead_after_steps)),
+            *(("orthogonality_chunk", orthogonality_chunk), ("decoder_init_norm", decoder_init_norm)),
+        ):
             if value is not None and value <= 0:
                 raise ValueError(f"model.{name}={value} must be positive")
-        self.sae = MatryoshkaSAE(d_in, d_sae, prefixes, k, seed)
-        self.lr, self.betas, self.warmup_steps, self.decay_start = lr, (betas[0], betas[1]), warmup_steps, decay_start
-        self.grad_clip, self.aux_coefficient, self.k_aux = grad_clip, aux_coefficient, k_aux
-        self.dead_after_tokens, self.threshold_rate = dead_after_tokens, threshold_rate
+        if decoder.startswith("unit_norm") and decoder_init_norm != 1:
+            raise ValueError(f"model.decoder_init_norm={decoder_init_norm} needs model.decoder=free or rescaled")
+        if sparsity == "topk" and decoder in FOLDED_AFTER_TRAINING:
+            raise ValueError(f"model.sparsity=topk with model.decoder={decoder} cannot be exported; use rescaled")
+        self.sae = MatryoshkaSAE(
+            d_in,
+            d_sae,
+            prefixes,
+            k,
+            seed,
+            d_out=d_out,
+            sparsity=sparsity,
+            rescale_acts_by_decoder_norm=decoder == "rescaled",
+            apply_b_dec_to_input=apply_b_dec_to_input,
+            encoder_bias=encoder_bias,
+            init=init,
+            decoder_init_norm=decoder_init_norm,
+            threshold_init=threshold_init,
+            bandwidth=bandwidth,
+        )
+        self.objective = Objective(
+            reduction=reduction,
+            balance=balance,
+            bias_level=bias_level,
+            stop_gradient=stop_gradient,
+            error=error,
+            aux=AuxK(**aux),
+            orthogonality=orthogonality,
+            orthogonality_chunk=orthogonality_chunk,
+        )
+        self.seed, self.prefix_sampling = seed, prefix_sampling
+        self.n_prefixes = n_prefixes if n_prefixes is not None else len(self.sae.prefixes)
+        if prefix_sampling != "every":
+            self.objective.weights(len(self._widths(0)) + bias_level)  # now, not at the first step
+        elif stop_gradient or self.objective.aux.per_level:
+            raise ValueError("model.prefix_sampling=every knows neither stop_gradient nor aux.per_level; use fixed")
+        self.controller = L0Controller(sparsity_weight, k, sparsity_control)
+        self.sparsity_warmup_steps = sparsity_warmup_steps
+        self.decoder, self.normalise, self.b_dec_init, self.resort_rate = decoder, normalise, b_dec_init, resort_rate
+        self.lr = lr if lr is not None else 2e-4 / math.sqrt(d_sae / 2**14)
+        self.betas, self.grad_clip = (betas[0], betas[1]), grad_clip
+        self.warmup_steps, self.warmup_shape, self.warmup_start = warmup_steps, warmup_shape, warmup_start
+        self.decay_start, self.decay_end = decay_start, decay_end
+        self.dead_after_tokens, self.dead_after_steps = dead_after_tokens, dead_after_steps
+        self.dead_includes_batch = dead_includes_batch
+        self.threshold_rate = threshold_rate
         self._clock: tuple[float, int] | None = None  # when and at which step throughput was last measured
         self._sums: ReconstructionSums | None = None
 
+    def start_from(
+        self,
+        statistics: tuple[Tensor, float],
+        target: tuple[Tensor, float] | None = None,
+        first_batch: Tensor | None = None,
+    ) -> None:
+        """Normalise by (E x, E‖x‖²) of the input (and of a transcoder's target) and set b_dec as `b_dec_init` says.
+
+        `first_batch` [n, d_out] of raw target activations is what the geometric median is taken of.
+        """
+        self.sae.set_statistics(*statistics, normalise=self.normalise, target=target)
+        if self.b_dec_init == "zero":
+            self.sae.b_dec.data.zero_()
+        elif self.b_dec_init == "geometric_median":
+            assert first_batch is not None, "the geometric median needs a batch"
+            self.sae.b_dec.data.copy_(geometric_median(self.sae.normalise_target(first_batch.to(self.sae.W_dec))))
+
     # --- the step ----------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        x = batch.to(self.sae.W_dec.dtype)
-        dead = self.sae.dead(self.dead_after_tokens) if self.aux_coefficient > 0 else None
-        loss = matryoshka_loss(self.sae, x, dead, self.aux_coefficient, self.k_aux)
-        fired = (loss.acts > 0).sum(0)
-        self.sae.update_threshold(loss.acts, self.threshold_rate)
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x, y = self._pair(batch)
+        sae, world = self.sae, self.trainer.world_size
+        code = _, acts = encode_for_training(sae, x)
+        fired = (acts > 0).sum(0)
+        everywhere = fired.clone()
+        if world > 1:
+            torch.distributed.all_reduce(everywhere)
+        weight: Tensor | float = 0.0
+        if sae.sparsity in WITH_PENALTY:
+            weight = self.controller(everywhere.sum() / (len(x) * world), self.trainer.global_step + 1)
+        if self.dead_includes_batch:
+            sae.update_fired(everywhere, len(x) * world)
+        dead = self._dead(len(x)) if self.objective.aux.coefficient > 0 else None
+        widths = self._widths(self.trainer.global_step)
+        loss = matryoshka_loss(sae, x, self.objective, dead, y, widths, weight, code)
+        if sae.sparsity == "batch_topk":
+            sae.update_threshold(loss.acts, self.threshold_rate)
+        if self.resort_rate is not None:
+            self._update_use(loss.acts)
         if self._should_log():
-            self._log_step(x, loss, fired)
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(fired)
-        self.sae.update_fired(fired, len(x) * self.trainer.world_size)
+            self._log_step(x, y, loss, fired, weight)
+        if not self.dead_includes_batch:
+            sae.update_fired(everywhere, len(x) * world)
         return loss.total
 
+    def _pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(x, y): what is encoded and what is to be reconstructed, which is x but for a transcoder."""
+        x, y = batch if isinstance(batch, (tuple, list)) else (batch, batch)
+        dtype = self.sae.W_dec.dtype
+        x = x.to(dtype)
+        return x, y.to(dtype) if isinstance(batch, (tuple, list)) else x
+
+    def _widths(self, step: int) -> list[int] | Literal["every"]:
+        """The prefixes of this step, a pure function of the seed and the step."""
+        if self.prefix_sampling == "random":
+            return pareto_prefixes(self.sae.d_sae, self.n_prefixes, stream(self.seed, "prefixes", step))
+        return "every" if self.prefix_sampling == "every" else self.sae.prefixes
+
+    def _dead(self, batch_tokens: int) -> Tensor:
+        after = self.dead_after_tokens
+        if self.dead_after_steps is not None:
+            after = self.dead_after_steps * batch_tokens * self.trainer.world_size
+        return self.sae.dead(after)
+
+    def _update_use(self, acts: Tensor) -> None:
+        norm = 1.0 if self.sae.rescale_acts_by_decoder_norm else self.sae.W_dec.detach().norm(dim=1)
+        use = (acts * norm).square().mean(0)
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(use, torch.distributed.ReduceOp.AVG)
+        assert self.resort_rate is not None
+        self.sae.update_use(use, self.resort_rate)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.sae.project_decoder_gradient()
+        if self.decoder == "unit_norm_before_step":
+            self.sae.normalise_decoder()
+        if self.decoder.startswith("unit_norm"):
+            self.sae.project_decoder_gradient()
         # By hand: Lightning's gradient_clip_val refuses fused Adam under bf16-mixed.
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.grad_clip)
         if self._should_log():
@@ -85,21 +253,34 @@ class MatryoshkaTraining(L.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.sae.normalise_decoder()
+        if self.decoder == "unit_norm":
+            self.sae.normalise_decoder()
+        if self.sae.sparsity == "jumprelu":  # below zero the gate would let negative pre-activations through
+            self.sae.threshold.data.clamp_(min=0)
+        if self.resort_rate is not None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            assert isinstance(optimizer, torch.optim.Optimizer)
+            self.sae.permute(self.sae.use.argsort(descending=True, stable=True), optimizer)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, betas=self.betas, fused=True)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=self.lr, betas=self.betas, fused=True)
         total = self.trainer.max_steps  # not estimated_stepping_batches: touching that loses the loader's state
         assert total > 0, "training needs trainer.max_steps"
-        warmup, decay_from = min(self.warmup_steps, total), self.decay_start * total
-
-        def factor(step: int) -> float:
-            rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-            fall = 1.0 if step < decay_from else (total - step) / max(1.0, total - decay_from)
-            return min(rise, max(0.0, fall))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        share = self.sparsity_warmup_steps
+        self.controller.warmup_steps = round(share * total) if share < 1 else min(round(share), total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _lr_factor(self, step: int, total: int) -> float:
+        warmup, decay_from = min(self.warmup_steps, total), self.decay_start * total
+        start, done = self.warmup_start or 0.0, step + (self.warmup_start is None)
+        rise = min(1.0, done / warmup) if warmup else 1.0
+        if self.warmup_shape == "cosine":
+            rise = (1 - math.cos(math.pi * rise)) / 2
+        rise = start + (1 - start) * rise
+        fall = 1.0 if step < decay_from else (total - step) / max(1.0, total - decay_from)
+        return min(rise, self.decay_end + (1 - self.decay_end) * max(0.0, fall))
 
     # --- logging -----------------------------------------------------------------------------------------------
 
@@ -113,18 +294,15 @@ class MatryoshkaTraining(L.LightningModule):
             logger.log_metrics(metrics, step=self.trainer.global_step + 1)
 
     @torch.no_grad()
-    def _log_step(self, x: Tensor, loss: Loss, fired: Tensor) -> None:
+    def _log_step(self, x: Tensor, y: Tensor, loss: Loss, fired: Tensor, weight: Tensor | float) -> None:
         sae, trainer = self.sae, self.trainer
-        # loss = E‖s·x − recon‖² in scaled units, mse = E‖x − x̂‖² / d_in in raw ones, fvu over this batch's variance
-        errors = loss.prefixes.double() / sae.scale.double().square()
-        variance = (x - x.mean(0)).double().square().sum(1).mean()
-        dead = sae.dead(self.dead_after_tokens).double()
-        columns = torch.stack(
-            [
-                torch.stack([loss.prefixes[i].double(), errors[i] / sae.d_in, errors[i] / variance])
-                for i in range(len(sae.prefixes))
-            ]
-        )
+        # loss = E‖y' − recon‖² in scaled units, mse = E‖y − ŷ‖² / d_out in raw ones, fvu over this batch's variance
+        target = sae.normalise_target(y)
+        losses = torch.stack([(target - r).double().square().sum(1).mean() for r in sae.decode_prefixes(loss.acts)])
+        errors = losses / sae.target_scale.double().square()
+        variance = (y - y.mean(0)).double().square().sum(1).mean()
+        dead = self._dead(len(x)).double()
+        columns = torch.stack([losses, errors / sae.d_out, errors / variance], 1)
         counts = torch.stack([torch.stack([fired[:w].sum() / len(x), dead[:w].mean()]) for w in sae.prefixes])
         table = torch.cat([columns, counts.double()], 1).tolist()
         metrics = {
@@ -141,7 +319,9 @@ class MatryoshkaTraining(L.LightningModule):
             "train/loss": float(loss.total.detach()),
             "train/aux_loss": float(loss.aux),
             "train/dead_latents": float(dead.sum()),
-            "train/threshold": float(sae.threshold[0]),
+            **({"train/threshold": float(sae.threshold.mean())} if sae.sparsity != "topk" else {}),
+            **({"train/sparsity": float(loss.sparsity), "train/sparsity_weight": float(weight)} if weight else {}),
+            **({"train/orthogonality": float(loss.orthogonality)} if self.objective.orthogonality else {}),
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
         }
         self._send(metrics)
@@ -150,12 +330,12 @@ class MatryoshkaTraining(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         if self.trainer.world_size > 1:  # each rank's own batches moved it since the last step
-            torch.distributed.broadcast(self.sae.threshold, 0)
+            torch.distributed.broadcast(self.sae.threshold.data, 0)
         self._sums = ReconstructionSums(self.sae)
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self._sums is not None
-        self._sums.update(self.sae, batch.to(self.sae.W_dec.dtype))
+        self._sums.update(self.sae, *self._pair(batch))
 
     def on_validation_epoch_end(self) -> None:
         assert self._sums is not None
@@ -164,7 +344,7 @@ class MatryoshkaTraining(L.LightningModule):
                 torch.distributed.all_reduce(tensor)
         metrics = self._sums.metrics()
         for width in self.sae.prefixes:  # in scaled units, comparable with train/loss
-            metrics[f"loss/p{width}"] = metrics[f"mse/p{width}"] * self.sae.d_in * float(self.sae.scale) ** 2
+            metrics[f"loss/p{width}"] = metrics[f"mse/p{width}"] * self.sae.d_out * float(self.sae.target_scale) ** 2
         kept = {f"val/{key}": value for key, value in metrics.items() if key.split("/")[0] in METRICS}
         self.log_dict(kept)
         self._clock = None  # validation's time is not training's
@@ -172,7 +352,7 @@ class MatryoshkaTraining(L.LightningModule):
     # --- resuming ----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._refuse_divergence(self.sae.b_enc)  # a checkpoint of it would replace a good one
+        self._refuse_divergence(self.sae.b_dec)  # a checkpoint of it would replace a good one
         checkpoint["rng"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)

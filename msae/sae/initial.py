@@ -1,0 +1,64 @@
+"""How an SAE starts: directions of encoder and decoder, and where b_dec begins."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+Init = Literal["tied", "tied_uniform", "uniform", "normal"]
+
+
+def _normal(d_sae: int, d_in: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(d_sae, d_in, generator=generator) / math.sqrt(d_in)
+
+
+def _uniform(d_sae: int, d_in: int, generator: torch.Generator) -> Tensor:
+    bound = math.sqrt(6 / d_sae)  # Kaiming's for a weight [d_in, d_sae]
+    return (2 * torch.rand(d_sae, d_in, generator=generator) - 1) * bound
+
+
+DRAWS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
+    "tied": _normal,
+    "tied_uniform": _uniform,
+    "uniform": _uniform,
+    "normal": _normal,
+}
+
+
+def initial_weights(
+    d_in: int, d_sae: int, d_out: int | None, init: Init, decoder_norm: float, seed: int
+) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, "d_sae d_out"]]:
+    """W_enc and W_dec from one draw R [d_sae, d_in]: W_dec has its directions, of length `decoder_norm`.
+
+    `tied`, `tied_uniform`: W_enc = W_decᵀ, with R normal or uniform. `normal`: W_enc = Rᵀ ~ N(0, 1/d_in).
+    `uniform`: W_enc = Rᵀ ~ U(±√(6/d_sae)). For a transcoder (d_out not None) W_dec has random directions of its own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = DRAWS[init](d_sae, d_in, generator)
+    W_dec = normalize(drawn, dim=1) * decoder_norm
+    W_enc = W_dec.T.contiguous() if init.startswith("tied") else drawn.T.contiguous()
+    if d_out is not None:
+        W_dec = normalize(DRAWS[init](d_sae, d_out, generator), dim=1) * decoder_norm
+    return W_enc, W_dec
+
+
+def geometric_median(
+    points: Float[Tensor, "n d"], iterations: int = 100, tolerance: float = 1e-5
+) -> Float[Tensor, " d"]:
+    """argmin_m Σ ‖x − m‖ by Weiszfeld's iteration from the mean, until m moves less than `tolerance`."""
+    median = points.mean(0)
+    for _ in range(iterations):
+        distance = (points - median).norm(dim=1)
+        weights = torch.where(distance > 0, 1 / distance, 0)  # a point that the median lies on must not hold it there
+        if not weights.any():
+            break
+        moved = (weights @ points) / weights.sum()
+        done = bool((moved - median).norm() < tolerance)
+        median = moved
+        if done:
+            break
+    return median

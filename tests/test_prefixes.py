@@ -1,0 +1,81 @@
+"""Nested widths: fractions and ints, what is refused, and random draws."""
+
+import math
+
+import pytest
+import torch
+
+from msae.sae import MatryoshkaSAE, pareto_prefixes, resolve_prefixes
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "widths"),
+    [
+        ([64], [64]),
+        ([1.0], [64]),
+        ([16, 32, 64], [16, 32, 64]),
+        ([0.25, 0.5, 1.0], [16, 32, 64]),
+        ([0.25, 1], [16, 64]),
+        ((1 / 64, 1.0), [1, 64]),
+        ([1, 64], [1, 64]),
+    ],
+)
+def test_prefixes(prefixes, widths) -> None:
+    resolved = resolve_prefixes(prefixes, 64)
+    assert resolved == widths
+    assert all(type(width) is int for width in resolved)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "message"),
+    [
+        ([], "is empty"),
+        ([32, 16, 64], "strictly increasing"),
+        ([16, 16, 64], "strictly increasing"),
+        ([0.5, 0.25, 1.0], "strictly increasing"),
+        ([16, 128], "must end at d_sae=64"),
+        ([16, 32], "must end at d_sae=64"),
+        ([0.25, 0.5], "must end at d_sae=64"),
+        ([0.3, 1.0], "not whole widths"),
+        ([0, 64], "positive"),
+        ([-16, 64], "positive"),
+        ([0.0, 1.0], r"all in \(0, 1\]"),
+        ([math.nan, 1.0], r"all in \(0, 1\]"),
+        ([0.25, 64], "mixes fractions and widths"),
+        ([16.0, 64.0], "mixes fractions and widths"),
+    ],
+)
+def test_invalid_prefixes(prefixes, message) -> None:
+    with pytest.raises(ValueError, match=rf"^model\.prefixes[^\n]*{message}[^\n]*$"):
+        MatryoshkaSAE(4, 64, prefixes, 2)
+
+
+def test_random_prefixes_increase_and_end_at_the_width() -> None:
+    generator, drawn = torch.Generator().manual_seed(0), []
+    for n in (1, 2, 5, 16):
+        for _ in range(50):
+            widths = pareto_prefixes(16, n, generator)
+            assert len(widths) == n
+            assert widths[-1] == 16
+            assert resolve_prefixes(widths, 16) == widths
+            drawn.append(widths)
+    assert pareto_prefixes(16, 16, generator) == list(range(1, 17))
+    assert len({tuple(w) for w in drawn}) > 50
+    assert pareto_prefixes(1, 1, generator) == [1]
+
+
+def test_random_prefixes_are_drawn_as_often_as_their_density_says() -> None:
+    generator, n = torch.Generator().manual_seed(0), 4000
+    counts = torch.zeros(10)
+    for _ in range(n):
+        counts[pareto_prefixes(10, 2, generator)[0]] += 1
+    expected = torch.arange(10).sqrt().diff() / 3  # m^½ − (m−1)^½ of 1 … 9, which sum to √9
+    assert ((counts[1:] / n - expected).abs() < 4 * (expected / n).sqrt()).all()
+    first = [pareto_prefixes(100, 5, torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert first[0] == first[1]
+
+
+@pytest.mark.parametrize("n", [0, -1, 17])
+def test_an_impossible_number_of_random_prefixes_is_refused(n) -> None:
+    with pytest.raises(ValueError, match=rf"^model\.n_prefixes={n} must lie between 1 and d_sae=16$"):
+        pareto_prefixes(16, n, torch.Generator())
