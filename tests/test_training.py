@@ -406,6 +406,35 @@ def test_the_penalty_moves_once_a_step(root, tmp_path, accumulate):
     assert float(module.controller.weight) == pytest.approx(1e-3 * 1.1**4)  # a ReLU's L0 is over k for longer
 
 
+def test_learned_thresholds_are_never_negative(root, tmp_path):
+    """Below zero the gate would let negative pre-activations through, in training but not at inference."""
+    settings = {"sparsity": "jumprelu", "bandwidth": 0.5, "threshold_init": 0.01, "lr": 0.1, "sparsity_weight": 0.0}
+    _, module = fit(root, tmp_path, steps=10, **settings)
+    assert float(module.sae.threshold.min()) == 0
+    assert float(module.sae.threshold.max()) > 0
+    x = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(module.sae.encode(x), module.sae.select(module.sae.pre(x)))
+
+
+@pytest.mark.parametrize("decoder", ["free", "rescaled"])
+def test_use_is_what_latents_contribute(root, tmp_path, decoder):
+    """E (a ‖row‖)², whichever of a and the row has the norm."""
+    expected = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            sae = module.sae
+            with torch.no_grad():
+                sae.W_dec.mul_(torch.linspace(0.5, 2, 20)[:, None])
+                pre = (batch * sae.scale - sae.b_dec) @ sae.W_enc * sae.W_dec.norm(dim=1) ** (decoder == "rescaled")
+                contributed = pre.relu() * sae.W_dec.norm(dim=1) ** (decoder == "free")
+            expected.append(contributed.square().mean(0).sort(descending=True).values)
+
+    settings = {"decoder": decoder, "sparsity": "l1", "resort_rate": 1.0}
+    _, module = fit(root, tmp_path, steps=1, callbacks=[Watch()], **settings)
+    torch.testing.assert_close(module.sae.use, expected[0])
+
+
 def test_aux_may_be_given_as_an_object():
     module = MatryoshkaTraining(20, 20, PREFIXES, 1.5, aux=AuxK(0.5, 3))
     assert module.objective.aux == AuxK(0.5, 3)

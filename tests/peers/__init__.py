@@ -1,6 +1,5 @@
 """Parity with the published packages: importing this skips the tests where the packages are not installed."""
 
-import sys
 import warnings
 from importlib import import_module
 from importlib.util import find_spec
@@ -9,12 +8,12 @@ import pytest
 
 HOW = (
     "needs an environment of its own: python -m venv ../peers && . ../peers/bin/activate && "
-    "pip install -c constraints.txt -r tests/peers/requirements.txt && pip install --no-deps -e . && pytest tests/peers"
+    "pip install -c constraints.txt -r tests/peers/requirements.txt && pip uninstall -y torchvision && "
+    "pip install --no-deps -e . && pytest tests/peers"
 )
 PACKAGES = ("sae_lens", "dictionary_learning")
 if not all(map(find_spec, PACKAGES)):
     pytest.skip(HOW, allow_module_level=True)
-sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]  # not needed, and not every torch has one that fits
 with warnings.catch_warnings():  # theirs are not ours to mend
     warnings.simplefilter("ignore")
     for package in PACKAGES:
