@@ -339,3 +339,19 @@ def test_save_on_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch) -> None
     with pytest.raises(ValueError, match=r"^[^\n]*No space left[^\n]*$"):
         save_sae(sae, tmp_path)
     assert torch.equal(load_sae(tmp_path)(x), expected)
+
+
+def test_a_topk_transcoder_of_rescaled_activations_comes_back_with_its_codes(tmp_path) -> None:
+    """SAELens has no such form that could say `rescaled`: the norms must be in the weights."""
+    sae, x = ready(sparsity="topk", k=3, d_out=5, rescale_acts_by_decoder_norm=True, scale=1.0)
+    with torch.no_grad():
+        sae.normalise_decoder()
+        sae.W_dec.mul_(1 + 5e-6)
+    sae.scale.fill_(1), sae.target_scale.fill_(1), sae.mean.zero_(), sae.target_mean.zero_()
+    loaded = load_sae(save_sae(sae, tmp_path))
+    assert not loaded.rescale_acts_by_decoder_norm
+    torch.testing.assert_close(loaded.encode(x), sae.encode(x), rtol=1e-6, atol=0)
+    assert (
+        "rescale_acts_by_decoder_norm" not in config_of(tmp_path)
+        or not config_of(tmp_path)["rescale_acts_by_decoder_norm"]
+    )

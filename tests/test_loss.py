@@ -475,3 +475,11 @@ def test_dead_latents_of_a_rescaled_sae_make_what_unit_rows_make() -> None:
     folded = make(rescale_acts_by_decoder_norm=True)
     folded.fold_decoder_norm()
     assert_close(found, auxk_loss(folded, folded.pre(x), [residual], [6], dead, AuxK(k=2)))
+
+
+@pytest.mark.parametrize("sparsity", ["l1", "log", "jumprelu"])
+def test_the_weight_of_the_penalty_does_not_change_the_type_of_the_loss(sparsity) -> None:
+    sae, x = make(dtype=torch.float32, sparsity=sparsity), rows(5, 4, dtype=torch.float32)
+    total = matryoshka_loss(sae, x, sparsity_weight=torch.tensor(0.5, dtype=torch.float64)).total
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, matryoshka_loss(sae, x, sparsity_weight=0.5).total, rtol=0, atol=0)

@@ -45,7 +45,7 @@ def save_sae(sae: MatryoshkaSAE, directory: str | Path, metadata: dict[str, Any]
     directory.mkdir(parents=True, exist_ok=True)
     # SAELens can rescale topk's pre-activations by decoder norms, and by default does, although they are folded to 1.
     is_unit = bool(((sae.W_dec.norm(dim=1) - 1).abs() < 1e-5).all())
-    folded = raw_copy(sae, rescaled=sae.sparsity == "topk" and is_unit)
+    folded = raw_copy(sae, rescaled=sae.sparsity == "topk" and not sae.is_transcoder and is_unit)
     is_relu = sae.sparsity in ("l1", "log") and not folded.threshold.any()
     architecture = "topk" if sae.sparsity == "topk" else "standard" if is_relu else "jumprelu"
     of_transcoder = "transcoder" if is_relu else f"{architecture}_transcoder"

@@ -114,7 +114,8 @@ def matryoshka_loss(
         total = total + objective.aux.coefficient * aux
     sparsity = sparsity_penalty(sae, pre, acts, widths, weights)
     if sae.sparsity in ("jumprelu", *PENALTIES):
-        total = total + sparsity_weight * sparsity  # λ is a scalar: it does not change the type
+        weight = sparsity_weight.to(sparsity) if isinstance(sparsity_weight, Tensor) else sparsity_weight
+        total = total + weight * sparsity
     orthogonality = total.new_zeros(())
     if objective.orthogonality > 0:
         orthogonality = orthogonality_penalty(sae.W_dec, objective.orthogonality_chunk)
