@@ -1,6 +1,7 @@
 """The published recipes as presets: each composes with every experiment, trains, exports, resumes bit for bit."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -104,3 +105,40 @@ def test_a_mistyped_preset_is_one_line(tmp_path, monkeypatch):
 def test_a_mistake_in_the_objective_is_one_line(mistake, line, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=line):
         run(tmp_path, monkeypatch, *mistake.split())
+
+
+TWO_RANKS = """
+import os, sys, warnings
+import lightning as L, torch
+from hydra.utils import instantiate
+from torch.utils.data import DataLoader
+from msae.config import compose
+
+warnings.simplefilter("ignore")
+
+class Save(L.Callback):
+    def on_train_end(self, trainer, module):
+        torch.save(module.state_dict(), os.path.join(sys.argv[1], f"rank{trainer.global_rank}.pt"))
+
+module = instantiate(compose("train", [f"preset={sys.argv[2]}"]).model, d_in=8, d_sae=24, prefixes=[4, 24], k=3)
+rank = int(os.environ.get("LOCAL_RANK", 0))
+data = list(torch.randn(12, 32, 8, generator=torch.Generator().manual_seed(rank)) * (1 + rank))
+module.start_from((torch.zeros(8), 20.0), first_batch=torch.randn(64, 8, generator=torch.Generator().manual_seed(9)))
+L.Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", max_steps=12, logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, callbacks=[Save()],
+).fit(module, DataLoader(data, batch_size=None))
+"""
+
+
+@pytest.mark.parametrize("preset", ["nabeshima", "bussmann"])
+def test_two_ranks_with_other_batches_keep_one_sae(preset, tmp_path):
+    (tmp_path / "script.py").write_text(TWO_RANKS)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), preset]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    a, b = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    own = {"sae.threshold", "sae.threshold_ema"} if preset == "bussmann" else set()  # BatchTopK selects on each device
+    assert a.keys() == b.keys()
+    for name in a.keys() - own:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, equal_nan=True, msg=name)

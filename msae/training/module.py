@@ -229,7 +229,8 @@ class MatryoshkaTraining(L.LightningModule):
         norm = 1.0 if self.sae.rescale_acts_by_decoder_norm else self.sae.W_dec.detach().norm(dim=1)
         use = (acts * norm).square().mean(0)
         if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(use, torch.distributed.ReduceOp.AVG)
+            torch.distributed.all_reduce(use)
+            use /= self.trainer.world_size
         assert self.resort_rate is not None
         self.sae.update_use(use, self.resort_rate)
 
