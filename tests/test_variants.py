@@ -480,6 +480,16 @@ def test_training_selects_as_many_latents_as_inference_does(name, trained) -> No
 
 
 @variants
+def test_inference_selects_the_latents_that_training_selects(name, trained) -> None:
+    """`finish` folds decoder norms in: that must not change which latents are the largest."""
+    run = trained(name)
+    x = run.rows[VAL_ROWS // 2 :]
+    by_training, by_inference = run.trained.select(run.trained.pre(x)) > 0, run.module.sae.encode(x) > 0
+    both, either = (by_training & by_inference).sum(), (by_training | by_inference).sum()
+    assert both > 0.97 * either
+
+
+@variants
 def test_training_reconstructs_more_than_the_mean(name, trained) -> None:
     run = trained(name)
     assert run.metrics[f"val/fvu/p{D_SAE}"] < 0.9

@@ -244,7 +244,11 @@ class MatryoshkaSAE(nn.Module):
         if own_threshold:
             if torch.isnan(own):
                 raise ValueError(f"no threshold is calibrated for {width} latents alone; they are for {self.prefixes}")
-            small.threshold.fill_(float(own))
+            common = self.prefix_thresholds[-1]
+            if bool((self.threshold == common).all()):
+                small.threshold.fill_(float(own))
+            else:  # decoder norms were folded into them: each latent's in the same proportion
+                small.threshold.mul_(own / common)
         return small
 
     def options(self) -> dict[str, Any]:
@@ -273,7 +277,6 @@ class MatryoshkaSAE(nn.Module):
         self.b_enc.mul_(norm)
         if not self.rescale_acts_by_decoder_norm:
             self.threshold.mul_(norm)
-            self.prefix_thresholds.fill_(torch.nan)  # one number cannot follow norms that differ: calibrate again
         self.rescale_acts_by_decoder_norm = False
 
     @torch.no_grad()

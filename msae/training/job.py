@@ -29,7 +29,7 @@ from msae.sae import load_sae, save_sae
 from msae.training.callbacks import Interrupted, PrefixCharts, SaveWhenStopping, TokenProgress
 from msae.training.checkpoints import LAST, AtomicCheckpointIO, checkpoint_callbacks, resume_from, unreadable
 from msae.training.memory import keep_freed_memory
-from msae.training.module import FOLDED_AFTER_TRAINING, MatryoshkaTraining
+from msae.training.module import MatryoshkaTraining
 
 
 def run(cfg: DictConfig) -> None:
@@ -202,10 +202,12 @@ def finish(module: MatryoshkaTraining, data: ActivationData, run: Path, cfg: Dic
     """Calibrate on the first half of the held-out rows, export, and measure what was exported on the second half."""
     shards, sae = data.shards, module.sae
     middle = sum(shards.rows("val")) // 2
-    if module.decoder in FOLDED_AFTER_TRAINING:
+    if module.decoder == "unit_norm_before_step":  # the last step left them off 1 by that step
         sae.fold_decoder_norm()
     stop = min(middle, cfg.evaluation.calibration_tokens)
     calibrate(sae, ValBatches(shards, data.batch_tokens, stop=stop))
+    if module.decoder == "free":  # training selects by pre without the norm, so the calibrated threshold takes it in
+        sae.fold_decoder_norm()
     save_sae(sae, run / "sae", sae_metadata(shards, data.target_shards, module))
     exported = load_sae(run / "sae", sae.W_dec.device)
     return evaluate(

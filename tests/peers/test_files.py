@@ -107,9 +107,12 @@ def combinations():
 def test_saelens_reads_what_is_exported(sparsity, normalise, decoder, apply_b_dec, transcoder, tmp_path):
     module = trained(sparsity, normalise, decoder, apply_b_dec, transcoder)
     sae, before = module.sae, copy.deepcopy(module.sae)
-    if decoder in FOLDED_AFTER_TRAINING:
+    if decoder == "unit_norm_before_step":  # as msae.training.job.finish does
         sae.fold_decoder_norm()
     calibrate(sae)
+    if decoder == "free":
+        before.load_state_dict(sae.state_dict())  # calibrated: its codes are what must be exported
+        sae.fold_decoder_norm()
     save_sae(sae, tmp_path, {"model_name": "none", "hook_name": "blocks.0.hook_resid_post"})
     ours, theirs = load_sae(tmp_path), SAE.load_from_disk(tmp_path)
 
@@ -121,9 +124,10 @@ def test_saelens_reads_what_is_exported(sparsity, normalise, decoder, apply_b_de
         assert_close({"acts": acts, "recon": recon}, {"acts": their_acts, "recon": their_recon}, 1e-5)
         unfolded = {"acts": sae.encode(x) / sae.target_scale, "recon": sae(x)}
         assert_close(unfolded, {"acts": their_acts, "recon": their_recon}, 1e-5)
-        # before the decoder's norms were folded; BatchTopK's threshold was calibrated after that
+        # before the decoder's norms were folded; BatchTopK's threshold is calibrated after that, but for free decoders
         norm = 1.0 if decoder in ("unit_norm", "rescaled") else before.W_dec.norm(dim=1)
-        acts_before = before.pre(x) * (their_acts > 0) if sparsity == "batch_topk" else before.encode(x)
+        is_set = sparsity != "batch_topk" or decoder == "free"
+        acts_before = before.encode(x) if is_set else before.pre(x) * (their_acts > 0)
         assert_close({"acts": acts_before * norm / before.target_scale}, {"acts": their_acts}, 1e-5)
         of_before = before.decode(their_acts * before.target_scale / norm)
         assert_close({"recon": of_before}, {"recon": their_recon}, 1e-5)
