@@ -94,6 +94,8 @@ def test_a_mistyped_preset_is_one_line(tmp_path, monkeypatch):
         ("model.aux.k=0", r"^error: model\.aux\.k=0 must be at least 1$"),
         ("model.sparsity=batchtopk", r"^error: model\.sparsity is 'batchtopk', expected [^\n]*'batch_topk'[^\n]*$"),
         ("model.reduction=[1,2]", r"^error: model\.reduction has 2 weights for 3 levels; [^\n]*$"),
+        ("model.sparsity_weight=-1", r"^error: model\.sparsity_weight=-1 must not be negative$"),
+        ("model.orthogonality=-0.1", r"^error: model\.orthogonality=-0\.1 must not be negative$"),
         ("model.balance=-1", r"^error: model\.balance=-1 must not be negative[^\n]*$"),
         ("model.sparsity=topk", r"^error: model\.k=1\.25 must be whole with model\.sparsity=topk[^\n]*$"),
         ("model.decoder_init_norm=0.1", r"^error: model\.decoder_init_norm=0\.1 needs model\.decoder=[^\n]*$"),

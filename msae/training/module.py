@@ -112,6 +112,12 @@ class MatryoshkaTraining(L.LightningModule):
         ):
             if value is not None and value <= 0:
                 raise ValueError(f"model.{name}={value} must be positive")
+        for name, value in (
+            *(("sparsity_weight", sparsity_weight), ("sparsity_warmup_steps", sparsity_warmup_steps)),
+            *(("orthogonality", orthogonality), ("warmup_steps", warmup_steps)),
+        ):
+            if value < 0:
+                raise ValueError(f"model.{name}={value} must not be negative")
         if decoder.startswith("unit_norm") and decoder_init_norm != 1:
             raise ValueError(f"model.decoder_init_norm={decoder_init_norm} needs model.decoder=free or rescaled")
         if sparsity == "topk" and decoder in FOLDED_AFTER_TRAINING:
