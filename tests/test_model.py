@@ -296,8 +296,8 @@ def test_a_truncated_sae_is_the_prefix_of_the_whole(options, width) -> None:
         assert_close(small.encode(x), sae.encode(x, width))
         for inner in small.prefixes:
             assert_close(small(x, inner), sae(x, inner))
-    known = [float(t) for p, t in zip(sae.prefixes, sae.prefix_thresholds, strict=True) if p <= width]
-    expected = known if width in sae.prefixes else [*known, math.nan]
+    known = [float(t) for p, t in zip(sae.prefixes, sae.prefix_thresholds, strict=True) if p < width]
+    expected = [*known, float(sae.prefix_thresholds[-1])]  # the last is that of its threshold, which it shares
     assert small.prefix_thresholds.tolist() == pytest.approx(expected, nan_ok=True)
     assert torch.equal(small.tokens_since_fired, sae.tokens_since_fired[:width])
     with torch.no_grad():  # a copy
@@ -315,6 +315,17 @@ def test_a_truncated_sae_may_have_the_threshold_of_its_own_l0() -> None:
     assert float(own.threshold[0]) == float(sae.prefix_thresholds[1]) < float(sae.threshold[0])
     with pytest.raises(ValueError, match=r"^no threshold is calibrated for 9 latents alone; they are for \[4, 8, 32\]"):
         sae.truncate(9, own_threshold=True)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_truncating_twice_gives_the_same_threshold_as_once(folded) -> None:
+    sae, x = make(8, 32, [4, 8, 32], k=3, dtype=torch.float32), rows(400, 8, dtype=torch.float32)
+    calibrate(sae, x)
+    if folded:
+        sae.fold_decoder_norm()
+    once = sae.truncate(4, own_threshold=True).threshold
+    for between in (sae.truncate(8), sae.truncate(9), sae.truncate(8, own_threshold=True)):
+        torch.testing.assert_close(between.truncate(4, own_threshold=True).threshold, once)
 
 
 def test_a_truncated_sae_has_at_most_as_many_active_latents_as_it_is_wide() -> None:

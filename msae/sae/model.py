@@ -184,8 +184,8 @@ class MatryoshkaSAE(nn.Module):
     ) -> list[Float[Tensor, "batch d_out"]]:
         """The reconstruction of every prefix in scaled units (y'), for the price of one decode: a running sum.
 
-        `prefixes` are this SAE's unless given; 0 is b_dec alone. With `stop_gradient` each level takes the one before
-        it as a constant. Raises nothing: the last prefix must be d_sae.
+        `prefixes` are this SAE's unless given, and end at d_sae; 0 is b_dec alone. With `stop_gradient` each level
+        takes the one before it as a constant.
         """
         prefixes = self.prefixes if prefixes is None else prefixes
         assert prefixes[-1] == self.d_sae, f"prefixes {prefixes} do not end at {self.d_sae}"
@@ -237,18 +237,17 @@ class MatryoshkaSAE(nn.Module):
         state = self.state_dict()
         for name, axis in self.LATENT_AXIS.items():
             state[name] = state[name].narrow(axis, 0, width)
-        own = self.prefix_thresholds[self.prefixes.index(width)] if width in self.prefixes else torch.tensor(torch.nan)
-        state["prefix_thresholds"] = torch.stack([*self.prefix_thresholds[: len(inner)], own.to(self.scale)])
+        # the last of prefix_thresholds is what `threshold` was made of, before decoder norms were folded into it
+        shared = self.prefix_thresholds[-1]
+        state["prefix_thresholds"] = torch.stack([*self.prefix_thresholds[: len(inner)], shared])
         small.to(self.W_dec).load_state_dict(state)
         small.metadata = copy.deepcopy(self.metadata)
         if own_threshold:
-            if torch.isnan(own):
+            if width not in self.prefixes or torch.isnan(own := self.prefix_thresholds[self.prefixes.index(width)]):
                 raise ValueError(f"no threshold is calibrated for {width} latents alone; they are for {self.prefixes}")
-            common = self.prefix_thresholds[-1]
-            if bool((self.threshold == common).all()):
-                small.threshold.fill_(float(own))
-            else:  # decoder norms were folded into them: each latent's in the same proportion
-                small.threshold.mul_(own / common)
+            is_one = bool((self.threshold == shared).all())
+            small.threshold.copy_(own if is_one else small.threshold * (own / shared))
+            small.prefix_thresholds[-1] = own
         return small
 
     def options(self) -> dict[str, Any]:
