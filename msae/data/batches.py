@@ -15,6 +15,15 @@ Batch = Tensor | tuple[Tensor, Tensor]  # x, or (x, y) where there is a target y
 Item = TypeVar("Item")
 
 
+def as_pair(batch: Batch, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, y) in the type and on the device of `like`; y is x itself where the batch has no target."""
+    if isinstance(batch, Tensor):
+        x = batch.to(like)
+        return x, x
+    x, y = batch
+    return x.to(like), y.to(like)
+
+
 def from_both(read: Callable[[Shards], Tensor], shards: Shards, target: Shards | None) -> Batch:
     """The same reading of the shards, and of the target's if there is one."""
     return read(shards) if target is None else (read(shards), read(target))

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from msae.data.batches import ValBatches
+from msae.data.batches import ValBatches, as_pair
 from msae.data.bridge import load_bridge
 from msae.data.language_model import LanguageModelSource
 from msae.data.shards import Shards
@@ -30,8 +30,8 @@ def calibrate(sae: MatryoshkaSAE, batches: ValBatches) -> None:
 
         def pre_activations():  # type: ignore[no-untyped-def]
             for batch in batches:
-                x = batch[0] if isinstance(batch, (tuple, list)) else batch
-                yield sae.pre(x.to(sae.W_dec))
+                x, _ = as_pair(batch, sae.W_dec)
+                yield sae.pre(x)
                 bar.update(len(x))
 
         thresholds = quantile_thresholds(pre_activations(), sae.k, batches.tokens, sae.prefixes)
@@ -60,9 +60,9 @@ def evaluate(
     sums = ReconstructionSums(sae)
     with progress(batches.tokens, "evaluate") as bar:
         for batch in batches:
-            pair = batch if isinstance(batch, (tuple, list)) else (batch,)
-            sums.update(sae, *(part.to(sae.W_dec) for part in pair))
-            bar.update(len(pair[0]))
+            x, y = as_pair(batch, sae.W_dec)
+            sums.update(sae, x, y)
+            bar.update(len(x))
     metrics = {f"val/{name}": value for name, value in sums.metrics().items()} | {"train/k": float(sae.k)}
     if shards.truth is not None:
         rows = torch.cat([shards.activations("val", i) for i in range(len(shards.rows("val")))])

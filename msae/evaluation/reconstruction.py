@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from msae.data.batches import Batch, as_pair
 from msae.sae import MatryoshkaSAE
 
 
@@ -85,10 +86,9 @@ class ReconstructionSums:
         return out
 
 
-def reconstruction_metrics(sae: MatryoshkaSAE, batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> dict[str, float]:
+def reconstruction_metrics(sae: MatryoshkaSAE, batches: Iterable[Batch]) -> dict[str, float]:
     """`ReconstructionSums.metrics` over all batches of raw activations, or of pairs (x, target)."""
     sums = ReconstructionSums(sae)
     for batch in batches:
-        pair = batch if isinstance(batch, (tuple, list)) else (batch,)
-        sums.update(sae, *(part.to(sae.W_dec) for part in pair))
+        sums.update(sae, *as_pair(batch, sae.W_dec))
     return sums.metrics()

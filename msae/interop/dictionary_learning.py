@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msae.interop.convert import common_threshold, move_b_dec, read_json
 from msae.sae import MatryoshkaSAE
-from msae.sae.files import raw_copy, replace
+from msae.sae.files import raw_copy, replace, thresholds_from_json, thresholds_to_json
 from msae.sae.model import Sparsity
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -114,9 +114,7 @@ def _from_dictionary(config: dict[str, Any], tensors: dict[str, Tensor]) -> Matr
     elif threshold >= 0 and form.sparsity == "batch_topk":
         sae.threshold.fill_(float(threshold))
     sae.load_state_dict(weights, strict=False)
-    thresholds = ours.get("prefix_thresholds") or []
-    if len(thresholds) == len(sae.prefixes):
-        sae.prefix_thresholds.copy_(torch.tensor([math.nan if t is None else t for t in thresholds]))
+    thresholds_from_json(sae, ours.get("prefix_thresholds"))
     sae.metadata = ours.get("metadata") or _metadata(config)
     sae.metadata[KEPT] = {key: value for key, value in config.items() if key != "msae"}
     if form.sparsity == "topk":  # selects without it
@@ -225,7 +223,7 @@ def _config(
         "msae": {
             "k": plain.k,
             "prefixes": plain.prefixes,
-            "prefix_thresholds": [None if math.isnan(t) else t for t in plain.prefix_thresholds.tolist()],
+            "prefix_thresholds": thresholds_to_json(plain),
             "metadata": metadata,
         },
     }

@@ -11,7 +11,16 @@ from safetensors.torch import save_file
 
 from msae.interop.convert import common_threshold, read_json
 from msae.sae import MatryoshkaSAE
-from msae.sae.files import CONFIG, LAYOUT_VERSION, WEIGHTS, raw_copy, read_tensors, replace
+from msae.sae.files import (
+    CONFIG,
+    LAYOUT_VERSION,
+    WEIGHTS,
+    raw_copy,
+    read_tensors,
+    replace,
+    thresholds_from_json,
+    thresholds_to_json,
+)
 
 ARCHITECTURES = ("matryoshka_batchtopk", "batchtopk")
 KEPT = "saelens_training"  # under metadata: what this form has and an SAE of ours has not
@@ -60,9 +69,7 @@ def _from_config(config: dict[str, Any]) -> MatryoshkaSAE:
         apply_b_dec_to_input=config["apply_b_dec_to_input"],
     )
     sae.metadata = config.get("metadata") or {}
-    thresholds = (sae.metadata.get("msae") or {}).get("prefix_thresholds") or []
-    if len(thresholds) == len(sae.prefixes):
-        sae.prefix_thresholds.copy_(torch.tensor([math.nan if t is None else t for t in thresholds]))
+    thresholds_from_json(sae, (sae.metadata.get("msae") or {}).get("prefix_thresholds"))
     return sae
 
 
@@ -109,8 +116,7 @@ def _to_config(plain: MatryoshkaSAE) -> tuple[dict[str, Any], dict[str, Any]]:
     details = {key: value for key, value in details.items() if key != "matryoshka_widths"} | decided
     ours = known.get("msae") or {}
     if ours or not bool(plain.prefix_thresholds.isnan().all()):
-        thresholds = [None if math.isnan(t) else t for t in plain.prefix_thresholds.tolist()]
-        known["msae"] = {**ours, "prefix_thresholds": thresholds}
+        known["msae"] = {**ours, "prefix_thresholds": thresholds_to_json(plain)}
     config = {
         "reshape_activations": "hook_z" if str(known.get("hook_name")).endswith("hook_z") else "none",
         "device": "cpu",

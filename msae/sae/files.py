@@ -74,7 +74,7 @@ def save_sae(sae: MatryoshkaSAE, directory: str | Path, metadata: dict[str, Any]
             "msae": {
                 **(known.get("msae") or {}),
                 "sparsity": sae.sparsity,
-                "prefix_thresholds": [None if math.isnan(t) else t for t in folded.prefix_thresholds.tolist()],
+                "prefix_thresholds": thresholds_to_json(folded),
             },
         },
     }
@@ -158,10 +158,19 @@ def from_config(config: dict[str, Any]) -> MatryoshkaSAE:
         apply_b_dec_to_input=config["apply_b_dec_to_input"],
     )
     sae.metadata = metadata
-    thresholds = ours.get("prefix_thresholds")
+    thresholds_from_json(sae, ours.get("prefix_thresholds"))
+    return sae
+
+
+def thresholds_to_json(sae: MatryoshkaSAE) -> list[float | None]:
+    """`prefix_thresholds` with None for those that are not set, since JSON has no NaN."""
+    return [None if math.isnan(t) else t for t in sae.prefix_thresholds.tolist()]
+
+
+def thresholds_from_json(sae: MatryoshkaSAE, thresholds: list[float | None] | None) -> None:
+    """Set `prefix_thresholds`; those of other prefixes, or none, leave them not set."""
     if thresholds is not None and len(thresholds) == len(sae.prefixes):
         sae.prefix_thresholds.copy_(torch.tensor([math.nan if t is None else t for t in thresholds]))
-    return sae
 
 
 def read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from msae.data.batches import Batch
+from msae.data.batches import Batch, as_pair
 from msae.data.seeds import stream
 from msae.evaluation.reconstruction import ReconstructionSums
 from msae.sae import (
@@ -187,7 +187,7 @@ class MatryoshkaTraining(L.LightningModule):
     # --- the step ----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        x, y = self._pair(batch)
+        x, y = as_pair(batch, self.sae.W_dec)
         sae, world = self.sae, self.trainer.world_size
         code = _, acts = encode_for_training(sae, x)
         fired = (acts > 0).sum(0)
@@ -211,13 +211,6 @@ class MatryoshkaTraining(L.LightningModule):
         if not self.dead_includes_batch:
             sae.update_fired(everywhere, len(x) * world)
         return loss.total
-
-    def _pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(x, y): what is encoded and what is to be reconstructed, which is x but for a transcoder."""
-        x, y = batch if isinstance(batch, (tuple, list)) else (batch, batch)
-        dtype = self.sae.W_dec.dtype
-        x = x.to(dtype)
-        return x, y.to(dtype) if isinstance(batch, (tuple, list)) else x
 
     def _widths(self, step: int) -> list[int] | Literal["every"]:
         """The prefixes of this step, a pure function of the seed and the step."""
@@ -342,7 +335,7 @@ class MatryoshkaTraining(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self._sums is not None
-        self._sums.update(self.sae, *self._pair(batch))
+        self._sums.update(self.sae, *as_pair(batch, self.sae.W_dec))
 
     def on_validation_epoch_end(self) -> None:
         assert self._sums is not None
