@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from msae.sae import AuxK, MatryoshkaSAE, Objective, auxk_loss, matryoshka_loss
+from msae.sae import AuxK, DenseCode, MatryoshkaSAE, Objective, auxk_loss, matryoshka_loss
 from msae.sae.loss import orthogonality_penalty
 from tests.test_model import SPARSITIES, WEIGHTS, make, rows
 
@@ -246,7 +246,7 @@ def test_a_draw_of_prefixes_takes_the_place_of_the_saes_own() -> None:
 def test_a_code_that_is_known_is_not_computed_again() -> None:
     sae, x = make(), rows(7, 4)
     pre, acts = sae.pre(x), sae.select(sae.pre(x)) * 0.5
-    loss = matryoshka_loss(sae, x, code=(pre, acts))
+    loss = matryoshka_loss(sae, x, code=DenseCode(pre, acts))
     assert torch.equal(loss.acts, acts.detach())
     assert_close(loss.levels[-1], (1.7 * x - acts @ sae.W_dec - sae.b_dec).square().sum(1).mean().detach())
 

@@ -55,12 +55,21 @@ def auxk_loss(
     for (start, stop), residual in zip(pairwise([0, *edges]), residuals, strict=True):
         index = dead[start:stop].nonzero().squeeze(1) + start
         if len(index) > 0:
-            total = total + _level(sae, pre[:, index], residual, index, aux)
+            W_dec = sae.W_dec[index]
+            if sae.rescale_acts_by_decoder_norm:
+                W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
+            total = total + auxk_level(pre[:, index], residual, W_dec, aux)
     return total
 
 
-def _level(sae: MatryoshkaSAE, pre: Tensor, residual: Tensor, index: Tensor, aux: AuxK) -> Tensor:
-    k = max(1, sae.d_out // 2) if aux.k is None else aux.k
+def auxk_level(
+    pre: Float[Tensor, "batch dead"],
+    residual: Float[Tensor, "batch d_out"],
+    W_dec: Float[Tensor, "dead d_out"],
+    aux: AuxK,
+) -> Float[Tensor, ""]:
+    """One level of `auxk_loss`, from the dead latents' own pre-activations and (normed) decoder rows."""
+    k = max(1, W_dec.shape[1] // 2) if aux.k is None else aux.k
     e = residual.detach() if aux.detach else residual
     left = residual.detach()
     scale = {
@@ -70,12 +79,9 @@ def _level(sae: MatryoshkaSAE, pre: Tensor, residual: Tensor, index: Tensor, aux
     }[aux.normalise]()
     if not scale > 0:
         return pre.new_zeros(())
-    values, chosen = pre.topk(min(k, len(index)), dim=1, sorted=False)
+    values, chosen = pre.topk(min(k, len(W_dec)), dim=1, sorted=False)
     acts = torch.zeros_like(pre).scatter(1, chosen, values.relu() if aux.relu else values)
     if not aux.detach and not acts.any():  # else the residual alone would be trained a second time
         return pre.new_zeros(())
-    W_dec = sae.W_dec[index]
-    if sae.rescale_acts_by_decoder_norm:
-        W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
     loss = (e - acts @ W_dec).square().sum(1).mean() / scale
-    return loss * min(len(index) / k, 1.0) if aux.scale_by_dead else loss
+    return loss * min(len(W_dec) / k, 1.0) if aux.scale_by_dead else loss

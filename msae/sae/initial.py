@@ -36,11 +36,12 @@ def initial_weights(
 
     `tied`, `tied_uniform`: W_enc = W_decᵀ, with R normal or uniform. `normal`: W_enc = Rᵀ ~ N(0, 1/d_in).
     `uniform`: W_enc = Rᵀ ~ U(±√(6/d_sae)). For a transcoder (d_out not None) W_dec has random directions of its own.
+    W_enc lies in memory latent by latent (a transposed view), so that a latent's gradient is one whole row.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = DRAWS[init](d_sae, d_in, generator)
     W_dec = normalize(drawn, dim=1) * decoder_norm
-    W_enc = W_dec.T.contiguous() if init.startswith("tied") else drawn.T.contiguous()
+    W_enc = W_dec.clone().T if init.startswith("tied") else drawn.T
     if d_out is not None:
         W_dec = normalize(DRAWS[init](d_sae, d_out, generator), dim=1) * decoder_norm
     return W_enc, W_dec

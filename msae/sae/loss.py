@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from msae.sae.auxk import AuxK, auxk_loss
 from msae.sae.model import MatryoshkaSAE
-from msae.sae.sparsity import PENALTIES, quadratic_l0
+from msae.sae.sparse import SparseCode, sparse_encode, sparse_loss
+from msae.sae.sparsity import PENALTIES, paid_by_latent, quadratic_l0
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,36 @@ class Objective:
         return weights * self.balance ** torch.arange(levels - 1, -1, -1, dtype=torch.float64)
 
 
+class DenseCode(NamedTuple):
+    """Pre-activations and activations of a batch, [batch, d_sae]."""
+
+    pre: Tensor
+    acts: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """The activations."""
+        return self.acts
+
+    def fired(self) -> Tensor:
+        """In how many tokens each latent is active [d_sae]."""
+        return (self.acts > 0).sum(0)
+
+    def mean_square(self, norm: Tensor | float) -> Tensor:
+        """E (acts · norm)² of each latent [d_sae]."""
+        return (self.acts * norm).square().mean(0)
+
+    def dense(self) -> Tensor:
+        """The activations as a matrix [batch, d_sae]."""
+        return self.acts
+
+
 @dataclass
 class Loss:
     """total: scalar with gradient; the rest without.
 
     levels: E‖y' − recon_m‖² of each level [levels], or their weighted sum [1] for every prefix. aux, sparsity (before
-    λ), orthogonality: scalars. acts [batch, d_sae].
+    λ), orthogonality: scalars. code: which latents are active.
     """
 
     total: Tensor
@@ -69,7 +94,12 @@ class Loss:
     aux: Tensor
     sparsity: Tensor
     orthogonality: Tensor
-    acts: Tensor
+    code: "DenseCode | SparseCode"
+
+    @property
+    def acts(self) -> Tensor:
+        """The activations as a matrix [batch, d_sae]."""
+        return self.code.dense().detach()
 
 
 def matryoshka_loss(
@@ -80,20 +110,50 @@ def matryoshka_loss(
     target: Float[Tensor, "batch d_out"] | None = None,
     prefixes: Sequence[int] | Literal["every"] | None = None,
     sparsity_weight: float | Tensor = 0.0,
-    code: tuple[Tensor, Tensor] | None = None,
+    code: DenseCode | SparseCode | None = None,
 ) -> Loss:
     """L of `Objective` (arXiv 2503.17547, eq. 6) for raw activations x, reconstructing `target` (x unless given).
 
     One encoder pass and one selection over all latents serve every prefix. `prefixes` are the SAE's unless given (a
-    random draw, or "every"). `sparsity_weight` is λ; `code` is (pre, acts) where they are known already.
+    random draw, or "every"). `sparsity_weight` is λ; `code` is what `encode_for_training` gave, here unless given. This
+    is the reference, densely by autograd; a SparseCode gets the same loss and gradients from `sparse_loss`.
     """
     y = sae.normalise_target(x if target is None else target)
-    pre, acts = code or encode_for_training(sae, x)
+    code = code or encode_for_training(sae, x)
     widths = sae.prefixes if prefixes is None else list(range(1, sae.d_sae + 1)) if prefixes == "every" else prefixes
     widths = [0, *widths] if objective.bias_level else list(widths)
     weights = objective.weights(len(widths)).to(y.device)
     share = 1.0 if objective.error == "sum" else 1 / sae.d_out
-    if prefixes == "every":
+    if isinstance(code, SparseCode):
+        assert prefixes != "every", "every prefix at once has no sparse step"
+        total, levels, aux, sparsity = sparse_loss(
+            sae, code, y, widths, weights, share, objective.stop_gradient, objective.aux, dead, sparsity_weight
+        )
+    else:
+        arguments = (sae, code, y, widths, weights, share, objective, dead, sparsity_weight)
+        total, levels, aux, sparsity = dense_loss(*arguments, every=prefixes == "every")
+    orthogonality = total.new_zeros(())
+    if objective.orthogonality > 0:
+        orthogonality = orthogonality_penalty(sae.W_dec, objective.orthogonality_chunk)
+        total = total + objective.orthogonality * orthogonality
+    return Loss(total, levels.detach(), aux.detach(), sparsity.detach(), orthogonality.detach(), code)
+
+
+def dense_loss(
+    sae: MatryoshkaSAE,
+    code: DenseCode,
+    y: Float[Tensor, "batch d_out"],
+    widths: Sequence[int],
+    weights: Float[Tensor, " levels"],
+    share: float,
+    objective: Objective,
+    dead: Bool[Tensor, " d_sae"] | None,
+    sparsity_weight: float | Tensor,
+    every: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(total, levels, aux, sparsity) of `matryoshka_loss`; the reference that every faster step is held against."""
+    pre, acts = code
+    if every:
         if objective.stop_gradient or objective.aux.per_level:
             raise ValueError("every prefix at once knows neither stop_gradient nor aux.per_level; use fixed prefixes")
         recons = sae.decode_prefixes(acts, [sae.d_sae])
@@ -116,17 +176,18 @@ def matryoshka_loss(
     if sae.sparsity in ("jumprelu", *PENALTIES):
         weight = sparsity_weight.to(sparsity) if isinstance(sparsity_weight, Tensor) else sparsity_weight
         total = total + weight * sparsity
-    orthogonality = total.new_zeros(())
-    if objective.orthogonality > 0:
-        orthogonality = orthogonality_penalty(sae.W_dec, objective.orthogonality_chunk)
-        total = total + objective.orthogonality * orthogonality
-    return Loss(total, levels.detach(), aux.detach(), sparsity.detach(), orthogonality.detach(), acts.detach())
+    return total, levels, aux, sparsity
 
 
-def encode_for_training(sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"]) -> tuple[Tensor, Tensor]:
-    """(pre, acts) [batch, d_sae] of raw activations, selected as in training."""
+def encode_for_training(
+    sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"], kernels: str = "dense"
+) -> DenseCode | SparseCode:
+    """What is active for raw activations x, selected as in training; sparse if `kernels` says so and it pays."""
+    code = None if kernels == "dense" else sparse_encode(sae, x, kernels)
+    if code is not None:
+        return code
     pre = sae.pre(x)
-    return pre, sae.select(pre)
+    return DenseCode(pre, sae.select(pre))
 
 
 def sparsity_penalty(
@@ -148,9 +209,7 @@ def sparsity_penalty(
     if not sae.rescale_acts_by_decoder_norm:
         acts = acts * sae.W_dec.norm(dim=1)
     each = PENALTIES[sae.sparsity](acts).mean(0)
-    ends = torch.tensor(widths, device=each.device)
-    paid = torch.zeros(sae.d_sae + 1, dtype=weights.dtype, device=each.device).index_add_(0, ends, weights)
-    return (each * paid[1:].flip(0).cumsum(0).flip(0).to(each)).sum()  # latent j is in every level wider than j
+    return (each * paid_by_latent(widths, weights, sae.d_sae).to(each)).sum()
 
 
 def every_prefix_error(

@@ -142,11 +142,13 @@ class MatryoshkaSAE(nn.Module):
 
     def pre(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Pre-activations (s (x − μ) − b_dec) W_enc + b_enc of raw activations x, × ‖W_dec row‖ where rescaled."""
-        x = ((x - self.mean) * self.scale).to(self.W_enc.dtype)
-        if self.apply_b_dec_to_input:
-            x = x - self.b_dec
-        pre = x @ self.W_enc + self.b_enc
+        pre = self.encoder_input(x) @ self.W_enc + self.b_enc
         return pre * self.W_dec.norm(dim=1) if self.rescale_acts_by_decoder_norm else pre
+
+    def encoder_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """s (x − μ) − b_dec, or s (x − μ) where b_dec is not applied to the input."""
+        x = ((x - self.mean) * self.scale).to(self.W_enc.dtype)
+        return x - self.b_dec if self.apply_b_dec_to_input else x
 
     def select(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """The latent activations of a training batch."""

@@ -76,7 +76,18 @@ def quadratic_l0(
     pre: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_sae"], bandwidth: float, target: float
 ) -> Float[Tensor, ""]:
     """E (2 / L0*) (L0 − L0*)², L0 = Σ H(pre − θ), with ∂H/∂θ = −K((pre − θ)/ε)/ε (Gemma Scope 2's penalty)."""
-    l0 = _Step.apply(pre, threshold, bandwidth).sum(-1)
+    return l0_penalty(count_above(pre, threshold, bandwidth).sum(-1), target)
+
+
+def count_above(
+    pre: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_sae"], bandwidth: float
+) -> Float[Tensor, "*batch d_sae"]:
+    """H(pre − θ), with the gradient above."""
+    return _Step.apply(pre, threshold, bandwidth)
+
+
+def l0_penalty(l0: Float[Tensor, "*batch"], target: float) -> Float[Tensor, ""]:
+    """E (2 / L0*) (L0 − L0*)²."""
     return (2 / target * (l0 - target).square()).mean()
 
 
@@ -94,6 +105,13 @@ def log(acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
 
 
 PENALTIES = {"l1": l1, "log": log}
+
+
+def paid_by_latent(widths: Sequence[int], weights: Float[Tensor, " levels"], d_sae: int) -> Float[Tensor, " d_sae"]:
+    """Σ_m w_m of the levels m that a latent serves: latent j is in every level wider than j."""
+    ends = torch.tensor(list(widths), device=weights.device)
+    at = torch.zeros(d_sae + 1, dtype=weights.dtype, device=weights.device).index_add_(0, ends, weights)
+    return at[1:].flip(0).cumsum(0).flip(0)
 
 
 class L0Controller(nn.Module):

@@ -1,0 +1,360 @@
+// The sparse step's inner loops for CPUs, the same functions as plain.py. Built by compiled.py; plain C symbols.
+//
+// Every result is the work of one thread in a fixed order, so it does not depend on how many threads there are.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+template <class F> void parallel(int64_t items, int threads, F work) {
+  std::atomic<int64_t> next{0};
+  auto run = [&] {
+    for (int64_t i; (i = next.fetch_add(1)) < items;) work(i);
+  };
+  std::vector<std::thread> others;
+  for (int t = 1; t < std::min<int64_t>(threads, items); ++t) others.emplace_back(run);
+  run();
+  for (auto& thread : others) thread.join();
+}
+
+// In pieces small enough to balance, large enough that taking one costs nothing.
+template <class F> void parallel_ranges(int64_t n, int64_t size, int threads, F work) {
+  parallel((n + size - 1) / size, threads, [&](int64_t i) { work(i * size, std::min(n, (i + 1) * size)); });
+}
+
+typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+constexpr int64_t WIDE = 16;
+
+inline float dot(const float* a, const float* b, int64_t d) {
+  Lanes sums[4] = {};
+  int64_t k = 0;
+  for (; k + 4 * WIDE <= d; k += 4 * WIDE)
+    for (int s = 0; s < 4; ++s) sums[s] += *(const Lanes*)(a + k + s * WIDE) * *(const Lanes*)(b + k + s * WIDE);
+  Lanes all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  float total = 0;
+  for (int s = 0; s < WIDE; ++s) total += all[s];
+  for (; k < d; ++k) total += a[k] * b[k];
+  return total;
+}
+
+inline void add(float* to, const float* from, float scale, int64_t d) {
+  for (int64_t k = 0; k < d; ++k) to[k] += scale * from[k];
+}
+
+inline double square(const float* a, int64_t d) { return dot(a, a, d); }
+
+}  // namespace
+
+extern "C" {
+
+// --- the encoder: which pairs exceed their bar ------------------------------------------------------------------
+//
+// Rows of h and W are rounded to integers, h ≈ s q, multiplied exactly, and
+//   |⟨h, w⟩ − s_h s_w ⟨q_h, q_w⟩| ≤ ‖h‖ ‖w − s_w q_w‖ + ‖h − s_h q_h‖ ‖s_w q_w‖
+// says which pairs could exceed the bar; only these are multiplied in float32. The bound also holds what rounding in
+// float32 can add (d 2⁻²⁴ ‖h‖ ‖w‖, twice over), so that no pair is missed that float32 alone would have kept.
+
+#if defined(__AVX512VNNI__)
+#define MSAE_SCREEN 8
+typedef int8_t Whole;
+constexpr int GROUP = 4, PANEL = 64, TALL = 6;
+#elif defined(__AVX2__)
+#define MSAE_SCREEN 16
+typedef int16_t Whole;
+constexpr int GROUP = 2, PANEL = 16, TALL = 6;
+#else
+#define MSAE_SCREEN 0
+#endif
+
+int64_t msae_screen_bits() { return MSAE_SCREEN; }
+
+#if MSAE_SCREEN
+}
+
+namespace {
+
+struct Rounded {
+  float scale, norm, error, kept;  // s, ‖x‖, ‖x − s q‖, ‖s q‖
+};
+
+Rounded round_row(const float* x, int64_t d, Whole* q) {
+  float most = 0, norm = std::sqrt(square(x, d));
+  for (int64_t k = 0; k < d; ++k) most = std::max(most, std::fabs(x[k]));
+  // 16 bits: norms below 2^15.5, so that no sum of products can reach 2^31
+  float scale = MSAE_SCREEN == 8 ? most / 127 : std::max(most / 32767, norm / 46000);
+  float inverse = scale > 0 && std::isfinite(scale) ? 1 / scale : 0;
+  float error = 0, kept = 0;
+  for (int64_t k = 0; k < d; ++k) {
+    float whole = std::nearbyint(x[k] * inverse);
+    q[k] = (Whole)whole;
+    float near = scale * whole, left = x[k] - near;
+    error += left * left, kept += near * near;
+  }
+  if (!(norm < 1e18f)) scale = norm = NAN;  // not finite, or its square is not: every pair of it is looked at
+  return {scale, norm * 1.0001f, std::sqrt(error) * 1.0001f, std::sqrt(kept) * 1.0001f};
+}
+
+struct Found {
+  int64_t flat;
+  float value;
+};
+
+struct Screen {
+  const float *h, *W, *b, *bar;
+  int64_t rows, d_sae, d, groups;      // groups of GROUP numbers, the last one filled up with zeros
+  std::vector<Whole> qh, qW;           // qh [rows, groups, GROUP]; qW [panels, groups, PANEL, GROUP]
+  std::vector<Rounded> of_h;
+  std::vector<float> scale, to_norm, to_error, least;  // of each latent, padded to whole panels
+  std::vector<int32_t> start;                          // −128 Σ q_w, because qh is stored with 128 added
+  std::vector<std::vector<Found>> found;               // of each block of rows
+};
+
+void prepare(Screen& s, int threads) {
+  int64_t padded = s.groups * GROUP, panels = (s.d_sae + PANEL - 1) / PANEL, latents = panels * PANEL;
+  s.qh.assign(s.rows * padded, 0), s.qW.resize(latents * padded), s.of_h.resize(s.rows);
+  for (auto* v : {&s.scale, &s.to_norm, &s.to_error}) v->assign(latents, 0.f);
+  s.least.assign(latents, INFINITY), s.start.assign(latents, 0);
+  parallel_ranges(s.rows, 64, threads, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      s.of_h[i] = round_row(s.h + i * s.d, s.d, &s.qh[i * padded]);
+      if (MSAE_SCREEN == 8)
+        for (int64_t k = 0; k < padded; ++k) s.qh[i * padded + k] ^= (Whole)0x80;
+    }
+  });
+  parallel(panels, threads, [&](int64_t panel) {
+    std::vector<Whole> q(padded, 0);
+    Whole* to = &s.qW[panel * PANEL * padded];
+    for (int64_t c = 0; c < PANEL; ++c) {
+      int64_t j = panel * PANEL + c;
+      std::fill(q.begin(), q.end(), 0);
+      if (j < s.d_sae) {
+        Rounded w = round_row(s.W + j * s.d, s.d, q.data());
+        s.scale[j] = w.scale, s.to_error[j] = w.kept, s.to_norm[j] = w.error + 2 * s.d * 6e-8f * w.norm;
+        s.least[j] = s.bar[j] - s.b[j] - 1e-6f * (std::fabs(s.bar[j]) + std::fabs(s.b[j]));
+        if (MSAE_SCREEN == 8) {
+          int32_t sum = 0;
+          for (Whole v : q) sum += v;
+          s.start[j] = -128 * sum;
+        }
+      }
+      for (int64_t g = 0; g < s.groups; ++g) std::memcpy(to + (g * PANEL + c) * GROUP, &q[g * GROUP], 4);
+    }
+  });
+}
+
+#if MSAE_SCREEN == 8
+typedef __m512i Ints;
+constexpr int LANES = 16;
+inline Ints load(const void* p) { return _mm512_loadu_si512(p); }
+inline Ints spread(const void* p) { return _mm512_set1_epi32(*(const int32_t*)p); }
+inline Ints multiply(Ints sum, Ints a, Ints b) { return _mm512_dpbusd_epi32(sum, a, b); }
+inline uint32_t passing(Ints sum, const Screen& s, const Rounded& x, int64_t j) {
+  __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_loadu_ps(&s.scale[j]), _mm512_set1_ps(x.scale)));
+  v = _mm512_fmadd_ps(_mm512_set1_ps(x.norm), _mm512_loadu_ps(&s.to_norm[j]), v);
+  v = _mm512_fmadd_ps(_mm512_set1_ps(x.error), _mm512_loadu_ps(&s.to_error[j]), v);
+  return _mm512_cmp_ps_mask(v, _mm512_loadu_ps(&s.least[j]), _CMP_NLE_UQ);
+}
+#else
+typedef __m256i Ints;
+constexpr int LANES = 8;
+inline Ints load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline Ints spread(const void* p) { return _mm256_set1_epi32(*(const int32_t*)p); }
+inline Ints multiply(Ints sum, Ints a, Ints b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+inline uint32_t passing(Ints sum, const Screen& s, const Rounded& x, int64_t j) {
+  __m256 v = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(_mm256_loadu_ps(&s.scale[j]), _mm256_set1_ps(x.scale)));
+  v = _mm256_add_ps(_mm256_mul_ps(_mm256_set1_ps(x.norm), _mm256_loadu_ps(&s.to_norm[j])), v);
+  v = _mm256_add_ps(_mm256_mul_ps(_mm256_set1_ps(x.error), _mm256_loadu_ps(&s.to_error[j])), v);
+  return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_loadu_ps(&s.least[j]), _CMP_NLE_UQ));
+}
+#endif
+
+// TALL rows by one panel: the sums stay in registers.
+template <int N> void tile(const Screen& s, int64_t row, int64_t panel, std::vector<int64_t>& pairs) {
+  constexpr int COLUMNS = PANEL / LANES;
+  int64_t padded = s.groups * GROUP;
+  const Whole *x = &s.qh[row * padded], *w = &s.qW[panel * PANEL * padded];
+  Ints sums[N][COLUMNS];
+  for (int r = 0; r < N; ++r)
+    for (int c = 0; c < COLUMNS; ++c) sums[r][c] = load(&s.start[panel * PANEL + c * LANES]);
+  for (int64_t g = 0; g < s.groups; ++g) {
+    Ints right[COLUMNS];
+    for (int c = 0; c < COLUMNS; ++c) right[c] = load(w + (g * PANEL + c * LANES) * GROUP);
+    for (int r = 0; r < N; ++r) {
+      Ints left = spread(x + r * padded + g * GROUP);
+      for (int c = 0; c < COLUMNS; ++c) sums[r][c] = multiply(sums[r][c], left, right[c]);
+    }
+  }
+  for (int r = 0; r < N; ++r)
+    for (int c = 0; c < COLUMNS; ++c) {
+      int64_t j = panel * PANEL + c * LANES;
+      for (uint32_t mask = passing(sums[r][c], s, s.of_h[row + r], j); mask; mask &= mask - 1) {
+        int64_t latent = j + __builtin_ctz(mask);
+        if (latent < s.d_sae) pairs.push_back((row + r) * s.d_sae + latent);
+      }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Keeps what it found until msae_collect; returns how many.
+int64_t msae_screen(const float* h, const float* W, const float* b, const float* bar, int64_t rows, int64_t d_sae,
+                    int64_t d, int threads, void** handle, int64_t* looked_at) {
+  auto* s = new Screen{h, W, b, bar, rows, d_sae, d, (d + GROUP - 1) / GROUP};
+  prepare(*s, threads);
+  int64_t share = (rows / (4 * threads) + TALL - 1) / TALL * TALL;
+  int64_t block = std::max<int64_t>(TALL, std::min<int64_t>(192, share)), panels = (d_sae + PANEL - 1) / PANEL;
+  s->found.resize((rows + block - 1) / block);
+  std::atomic<int64_t> pairs_seen{0};
+  parallel_ranges(rows, block, threads, [&](int64_t from, int64_t to) {
+    std::vector<int64_t> pairs;
+    std::vector<Found> kept;
+    int64_t seen = 0;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      pairs.clear();
+      int64_t row = from;
+      for (; row + TALL <= to; row += TALL) tile<TALL>(*s, row, panel, pairs);
+      for (; row < to; ++row) tile<1>(*s, row, panel, pairs);
+      seen += pairs.size();
+      for (int64_t flat : pairs) {
+        int64_t i = flat / d_sae, j = flat - i * d_sae;
+        float value = dot(h + i * d, W + j * d, d) + b[j];
+        if (!(value <= bar[j])) kept.push_back({flat, value});
+      }
+    }
+    std::vector<int64_t> place(to - from + 1, 0);  // by row; within one, panels came in ascending order
+    for (auto& f : kept) ++place[f.flat / d_sae - from + 1];
+    for (int64_t i = 0; i < to - from; ++i) place[i + 1] += place[i];
+    auto& sorted = s->found[from / block];
+    sorted.resize(kept.size());
+    for (auto& f : kept) sorted[place[f.flat / d_sae - from]++] = f;
+    pairs_seen += seen;
+  });
+  int64_t n = 0;
+  for (auto& part : s->found) n += part.size();
+  *handle = s, *looked_at = pairs_seen;
+  return n;
+}
+
+void msae_collect(void* handle, int64_t* flat, float* values) {
+  auto* s = (Screen*)handle;
+  for (auto& part : s->found)
+    for (auto& f : part) *flat++ = f.flat, *values++ = f.value;
+  delete s;
+}
+#endif
+
+// --- decoding, and the gradients of activations --------------------------------------------------------------------
+
+// left [batch, levels, d] = target − Σ acts W_dec of the latents up to each level, squares [batch, levels] = ‖left‖².
+// Entries of bin row · levels + level are those from ends[bin] to ends[bin + 1].
+void msae_residuals(const float* acts, const int64_t* latents, const int64_t* ends, const float* W_dec,
+                    const float* target, int64_t batch, int64_t levels, int64_t d, float* left, double* squares,
+                    int threads) {
+  parallel_ranges(batch, 16, threads, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const float* before = target + i * d;
+      for (int64_t l = 0; l < levels; ++l) {
+        float* here = left + (i * levels + l) * d;
+        std::memcpy(here, before, d * sizeof(float));
+        for (int64_t e = ends[i * levels + l]; e < ends[i * levels + l + 1]; ++e)
+          add(here, W_dec + latents[e] * d, -acts[e], d);
+        squares[i * levels + l] = square(here, d);
+        before = here;
+      }
+    }
+  });
+}
+
+// In place, left[l] ← Σ over levels m ≥ l of weights[m] left[m] (of level l alone with stop_gradient), and what each
+// entry is told: ⟨left[its bin], W_dec[its latent]⟩. Without weights left is final already.
+void msae_tell(float* left, const float* weights, int64_t stop_gradient, const int64_t* latents, const int64_t* ends,
+               const float* W_dec, int64_t batch, int64_t levels, int64_t d, float* dots, int threads) {
+  parallel_ranges(batch, 16, threads, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i)
+      for (int64_t l = levels - 1; l >= 0; --l) {
+        float* here = left + (i * levels + l) * d;
+        if (weights) {
+          float weight = weights[l];
+          if (l < levels - 1 && !stop_gradient)
+            for (int64_t k = 0; k < d; ++k) here[k] = weight * here[k] + here[d + k];
+          else
+            for (int64_t k = 0; k < d; ++k) here[k] *= weight;
+        }
+        for (int64_t e = ends[i * levels + l]; e < ends[i * levels + l + 1]; ++e)
+          dots[e] = dot(here, W_dec + latents[e] * d, d);
+      }
+  });
+}
+
+// --- the gradients of weights ----------------------------------------------------------------------------------------
+
+// order: entries by latent, otherwise as they were; ends [d_sae + 1].
+void msae_by_latent(const int64_t* latents, int64_t n, int64_t d_sae, int64_t* order, int64_t* ends, int) {
+  std::fill(ends, ends + d_sae + 1, 0);
+  for (int64_t e = 0; e < n; ++e) ++ends[latents[e] + 1];
+  for (int64_t j = 0; j < d_sae; ++j) ends[j + 1] += ends[j];
+  std::vector<int64_t> place(ends, ends + d_sae);
+  for (int64_t e = 0; e < n; ++e) order[place[latents[e]]++] = e;
+}
+
+// out[bag] = Σ weights[e] table[index[e]] over e from ends[bag] to ends[bag + 1].
+void msae_rows_sum(const float* table, const int64_t* index, const float* weights, const int64_t* ends, int64_t bags,
+                   int64_t d, float* out, int threads) {
+  parallel_ranges(bags, 16, threads, [&](int64_t from, int64_t to) {
+    for (int64_t bag = from; bag < to; ++bag) {
+      float* here = out + bag * d;
+      std::memset(here, 0, d * sizeof(float));
+      for (int64_t e = ends[bag]; e < ends[bag + 1]; ++e) add(here, table + index[e] * d, weights[e], d);
+    }
+  });
+}
+
+// --- the optimizer -----------------------------------------------------------------------------------------------------
+
+// squares[row] = ‖grad row‖², after its part along W's (unit) row is removed if W is given.
+void msae_project(float* grad, const float* W, int64_t rows, int64_t d, double* squares, int threads) {
+  parallel_ranges(rows, 64, threads, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      float* here = grad + i * d;
+      if (W) add(here, W + i * d, -dot(here, W + i * d, d), d);
+      squares[i] = square(here, d);
+    }
+  });
+}
+
+// Adam (arXiv 1412.6980) on rows [rows, d] with the gradient times `scale`; then each row to unit norm if wanted.
+// step_size = lr / (1 − β1^t), root = √(1 − β2^t).
+void msae_adam(float* W, const float* grad, float* mean, float* square_mean, int64_t rows, int64_t d, float scale,
+               float beta1, float beta2, float step_size, float root, float eps, int64_t unit_norm, int threads) {
+  parallel_ranges(rows, 64, threads, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      float* __restrict w = W + i * d;
+      const float* __restrict g = grad + i * d;
+      float* __restrict m = mean + i * d;
+      float* __restrict v = square_mean + i * d;
+      float inverse = 1 / root;
+      for (int64_t k = 0; k < d; ++k) {
+        float x = g[k] * scale;
+        m[k] += (1 - beta1) * (x - m[k]);
+        v[k] = beta2 * v[k] + (1 - beta2) * x * x;
+        w[k] -= step_size * m[k] / (std::sqrt(v[k]) * inverse + eps);
+      }
+      if (unit_norm) {
+        float shrink = 1 / std::max(std::sqrt((float)square(w, d)), 1e-12f);
+        for (int64_t k = 0; k < d; ++k) w[k] *= shrink;
+      }
+    }
+  });
+}
+}

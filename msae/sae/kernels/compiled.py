@@ -1,0 +1,173 @@
+"""The sparse step's inner loops in C++, compiled for this machine on first use; the functions of `plain`.
+
+What they cannot do (another device or type, no compiler) `plain` does, with the same result.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from msae.sae.kernels import plain
+
+SOURCE = Path(__file__).with_name("compiled.cpp")
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]  # NaN stays NaN
+COUNTS = ("msae_screen", "msae_screen_bits")  # what returns a number
+
+row_survivors = plain.row_survivors
+
+
+@functools.cache
+def library() -> Any:
+    """The compiled functions, from the cache directory or built now (seconds); None where there is no compiler.
+
+    The cache is $XDG_CACHE_HOME/msae or ~/.cache/msae; the compiler $CXX or c++; $MSAE_CXXFLAGS are added to its flags.
+    """
+    compiler = os.environ.get("CXX", "c++")
+    command = [*compiler.split(), *FLAGS, *os.environ.get("MSAE_CXXFLAGS", "").split()]
+    made_of = "\0".join([*command, SOURCE.read_text(), platform.machine(), processor()])
+    name = f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msae"
+    try:
+        if not (cache / name).exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            print(f"kernels: compiling {SOURCE.name} once into {cache}", file=sys.stderr, flush=True)
+            build(command, cache / name)
+        loaded = ctypes.CDLL(str(cache / name))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        why = str(error).strip().split("\n")[0]
+        print(f"kernels: not compiled ({why}); the slower PyTorch ones give the same results", file=sys.stderr)
+        return None
+    for function in COUNTS:
+        getattr(loaded, function, loaded.msae_screen_bits).restype = ctypes.c_int64
+    return loaded
+
+
+def processor() -> str:
+    """What `-march=native` depends on: a cache directory may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def build(command: list[str], to: Path) -> None:
+    """Compile under a temporary name, then rename: another process may be doing the same."""
+    with tempfile.TemporaryDirectory(dir=to.parent) as directory:
+        made = Path(directory) / to.name
+        done = subprocess.run([*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            raise RuntimeError(f"{command[0]} failed: {done.stderr.strip() or done.returncode}")
+        os.replace(made, to)
+
+
+def able(*tensors: Tensor) -> bool:
+    """Whether the compiled functions can take these, and are there."""
+    fits = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    return fits and library() is not None
+
+
+def call(name: str, *arguments: Tensor | int | float | None) -> Any:
+    """Call a function with tensors as pointers; whole numbers are int64, but `threads`, the last, an int."""
+
+    def converted(value: Tensor | int | float | None) -> Any:
+        if isinstance(value, Tensor):
+            return ctypes.c_void_p(value.data_ptr())
+        return ctypes.c_float(value) if isinstance(value, float) else value if value is None else ctypes.c_int64(value)
+
+    return getattr(library(), name)(*map(converted, arguments), torch.get_num_threads())
+
+
+def survivors(
+    h: Float[Tensor, "batch d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    b: Float[Tensor, " d_sae"],
+    bar: Float[Tensor, " d_sae"],
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """As `plain.survivors`, in ascending order: multiplied in integers, in float32 only what these cannot rule out."""
+    bar = bar.contiguous()
+    if not able(h, W, b, bar) or library().msae_screen_bits() == 0:
+        return plain.survivors(h, W, b, bar)
+    handle, looked_at = ctypes.c_void_p(), ctypes.c_int64()
+    sizes = (ctypes.c_int64(n) for n in (*h.shape[:1], *W.shape))
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (h, W, b, bar))
+    n = library().msae_screen(
+        *pointers, *sizes, torch.get_num_threads(), ctypes.byref(handle), ctypes.byref(looked_at)
+    )
+    flat, values = torch.empty(n, dtype=torch.int64), torch.empty(n)
+    library().msae_collect(handle, ctypes.c_void_p(flat.data_ptr()), ctypes.c_void_p(values.data_ptr()))
+    return flat, values
+
+
+def by_latent(latents: Int[Tensor, " n"], d_sae: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " d_sae_and_1"]]:
+    """As `plain.by_latent`, by counting."""
+    if latents.device.type != "cpu" or library() is None:
+        return plain.by_latent(latents, d_sae)
+    order, ends = torch.empty_like(latents), latents.new_empty(d_sae + 1)
+    call("msae_by_latent", latents, len(latents), d_sae, order, ends)
+    return order, ends
+
+
+def residuals(
+    acts: Float[Tensor, " n"],
+    latents: Int[Tensor, " n"],
+    bins: Int[Tensor, " n"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+    target: Float[Tensor, "batch d_out"],
+    levels: int,
+) -> tuple[Float[Tensor, "batch levels d_out"], Float[Tensor, " levels"]]:
+    """As `plain.residuals`, a row at a time."""
+    if not able(acts, W_dec, target):
+        return plain.residuals(acts, latents, bins, W_dec, target, levels)
+    batch, d = target.shape
+    left, squares = target.new_empty(batch, levels, d), target.new_empty(batch, levels, dtype=torch.float64)
+    ends = plain.bin_ends(bins, batch * levels)
+    call("msae_residuals", acts, latents, ends, W_dec, target, batch, levels, d, left, squares)
+    return left, squares.mean(0)
+
+
+def tell(
+    left: Float[Tensor, "batch levels d_out"],
+    weights: Sequence[float],
+    stop_gradient: bool,
+    more: dict[int, Float[Tensor, "batch d_out"]],
+    latents: Int[Tensor, " n"],
+    bins: Int[Tensor, " n"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+) -> tuple[Float[Tensor, "batch levels d_out"], Float[Tensor, " n"]]:
+    """As `plain.tell`, both in one pass."""
+    if more or not able(left, W_dec):
+        return plain.tell(left, weights, stop_gradient, more, latents, bins, W_dec)
+    batch, levels, d = left.shape
+    dots, ends = left.new_empty(len(latents)), plain.bin_ends(bins, batch * levels)
+    scales = torch.tensor(weights)
+    call("msae_tell", left, scales, stop_gradient, latents, ends, W_dec, batch, levels, d, dots)
+    return left, dots
+
+
+def rows_sum(
+    table: Float[Tensor, "rows d"],
+    index: Int[Tensor, " n"],
+    weights: Float[Tensor, " n"],
+    offsets: Int[Tensor, " bags_and_1"],
+) -> Float[Tensor, "bags d"]:
+    """As `plain.rows_sum`."""
+    if not able(table, weights):
+        return plain.rows_sum(table, index, weights, offsets)
+    bags, d = len(offsets) - 1, table.shape[1]
+    out = table.new_empty(bags, d)
+    call("msae_rows_sum", table, index, weights, offsets, bags, d, out)
+    return out

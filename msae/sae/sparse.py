@@ -1,0 +1,258 @@
+"""The training step by work proportional to what is active: all but the encoder's product is sparse."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from msae.sae.auxk import AuxK, auxk_level
+from msae.sae.kernels import compiled, plain
+from msae.sae.model import MatryoshkaSAE
+from msae.sae.sparsity import PENALTIES, count_above, jumprelu, l0_penalty, paid_by_latent
+
+KERNELS: dict[str, Any] = {"plain": plain, "compiled": compiled}
+SAMPLE = 128  # rows of the batch itself that say where the bar of BatchTopK's filter must be
+SLACK = (1.25, 2.5, 10.0)  # how many more than wanted the filter is to let through; the next one when it was too few
+DENSEST = 1 / 16  # share of active entries above which the dense step is faster
+
+
+@dataclass
+class SparseCode:
+    """The entries of a batch that are active, or near enough for a threshold's gradient, by row, then latent.
+
+    rows, latents [n] int64; u [n] = x' W_enc + b_enc of the entry, before × ‖W_dec row‖ where pre is rescaled by it;
+    acts [n] ≥ 0 (0 where only near); h = x' [batch, d_in]; d_sae; kernels: which implementation goes on with it.
+    """
+
+    rows: Int[Tensor, " n"]
+    latents: Int[Tensor, " n"]
+    u: Float[Tensor, " n"]
+    acts: Float[Tensor, " n"]
+    h: Float[Tensor, "batch d_in"]
+    d_sae: int
+    kernels: Any
+
+    @property
+    def values(self) -> Float[Tensor, " n"]:
+        """The activations; entries that are not here are 0."""
+        return self.acts
+
+    def fired(self) -> Int[Tensor, " d_sae"]:
+        """In how many tokens each latent is active."""
+        return torch.bincount(self.latents[self.acts > 0], minlength=self.d_sae)
+
+    def mean_square(self, norm: Float[Tensor, " d_sae"] | float) -> Float[Tensor, " d_sae"]:
+        """E (acts · norm)² of each latent."""
+        total = self.acts.new_zeros(self.d_sae).index_add_(0, self.latents, self.acts.square()) / len(self.h)
+        return total * norm**2
+
+    def dense(self) -> Float[Tensor, "batch d_sae"]:
+        """acts as a matrix."""
+        return self.acts.new_zeros(len(self.h), self.d_sae).index_put_((self.rows, self.latents), self.acts)
+
+
+@torch.no_grad()
+def sparse_encode(sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"], kernels: str) -> SparseCode | None:
+    """The same selection as `select(pre(x))`; None where so much is active that the dense step is faster.
+
+    BatchTopK keeps k · batch entries exactly, from those above a bar that a sample of the batch's own rows sets so
+    low that a few more pass than are wanted; when too few do, the bar is lowered. Ties are broken arbitrarily.
+    """
+    use, h, W, b = KERNELS[kernels], sae.encoder_input(x), sae.W_enc.T, sae.b_enc.detach()
+    norm = sae.W_dec.norm(dim=1) if sae.rescale_acts_by_decoder_norm else None
+    scale = 1.0 if norm is None else norm
+    if sae.sparsity == "topk":
+        flat, u = use.row_survivors(h, W, b, int(sae.k), norm)
+        flat, u = flat[~(u <= 0)], u[~(u <= 0)]
+    else:
+        sample = h[:: max(1, len(h) // SAMPLE)]
+        pre = torch.addmm(b, sample, W.T) * scale
+        if sae.sparsity == "batch_topk":
+            found = _batch_topk(sae, pre, h, use, W, b, scale)
+            if found is None:
+                return None
+            flat, u = found
+        else:
+            bar = sae.threshold - sae.bandwidth / 2 if sae.sparsity == "jumprelu" else torch.zeros_like(b)
+            if (pre > bar).sum() > DENSEST * pre.numel():
+                return None
+            flat, u = use.survivors(h, W, b, bar / scale)
+    if not bool(u.isfinite().all()):
+        return None  # the dense step knows what becomes of them
+    flat, order = flat.sort()
+    rows, u = torch.div(flat, sae.d_sae, rounding_mode="floor"), u[order]
+    latents = flat - rows * sae.d_sae
+    pre = u if norm is None else u * norm[latents]
+    threshold = sae.threshold[latents] if sae.sparsity == "jumprelu" else None
+    return SparseCode(rows, latents, u, _acts(sae, pre, threshold), h, sae.d_sae, use)
+
+
+def _batch_topk(
+    sae: MatryoshkaSAE, sample: Tensor, h: Tensor, use: Any, W: Tensor, b: Tensor, scale: Tensor | float
+) -> tuple[Tensor, Tensor] | None:
+    """(row · d_sae + latent, u) of the k · batch largest positive entries, unsorted."""
+    wanted = round(sae.k * len(h))
+    flat = sample.flatten()
+    for slack in SLACK:
+        rank = max(1, round(slack * wanted * len(sample) / len(h)))
+        if rank > DENSEST * len(flat):
+            return None
+        bar = flat.topk(rank, sorted=False).values.min()
+        if not bar > 0:
+            return None
+        index, u = use.survivors(h, W, b, (bar / scale).expand_as(b) if isinstance(scale, float) else bar / scale)
+        if len(u) >= wanted:
+            ranked = u if isinstance(scale, float) else u * scale[index % sae.d_sae]
+            kept = ranked.topk(wanted, sorted=False).indices
+            return index[kept], u[kept]
+    return None
+
+
+def sparse_loss(
+    sae: MatryoshkaSAE,
+    code: SparseCode,
+    y: Float[Tensor, "batch d_out"],
+    widths: Sequence[int],
+    weights: Float[Tensor, " levels"],
+    share: float,
+    stop_gradient: bool,
+    aux: AuxK,
+    dead: Bool[Tensor, " d_sae"] | None,
+    sparsity_weight: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(total with gradient, share · E‖y' − recon_m‖² of each level, aux, sparsity) as in `matryoshka_loss`.
+
+    All gradients are computed here by hand and handed to autograd, which adds them up, reduces them over devices and
+    leaves them in `.grad`, as those of the dense step. There is none for x and y.
+    """
+    use, rows, latents, batch = code.kernels, code.rows, code.latents, len(code.h)
+    levels, d_sae = len(widths), sae.d_sae
+    edges = torch.tensor(list(widths), device=latents.device)
+    bins = rows * levels + torch.searchsorted(edges, latents, right=True)
+    W_enc, W_dec, b_dec = sae.W_enc.detach().T, sae.W_dec.detach(), sae.b_dec.detach()
+
+    leaves, coefficient, sparsity = _local(sae, code, widths, weights)
+    c = coefficient.detach()
+    left, errors = use.residuals(c, latents, bins, W_dec, y - b_dec, levels)
+    errors = errors * share
+    auxiliary, to_left, to_dead = _auxiliary(sae, code.h, left, widths, aux, share, dead)
+    total = (weights.to(errors) * errors).sum().to(y.dtype) + aux.coefficient * auxiliary
+    scaled = (weights * (-2 * share / batch)).tolist()
+    told, to_c = use.tell(left, scaled, stop_gradient, to_left, latents, bins, W_dec)
+
+    to_u, to_norm, to_threshold = to_c, None, None  # for BatchTopK and TopK the coefficient is u
+    if leaves:
+        weight = torch.as_tensor(sparsity_weight, dtype=sparsity.dtype, device=sparsity.device)
+        total = total + weight * sparsity.detach()
+        outputs, given = (
+            ([coefficient, sparsity], [to_c, weight]) if sparsity.requires_grad else ([coefficient], [to_c])
+        )
+        found = iter(torch.autograd.grad(outputs, list(leaves.values()), given, allow_unused=True))
+        to_u, to_norm, to_threshold = (next(found) if name in leaves else None for name in ("u", "norm", "threshold"))
+
+    order, ends = use.by_latent(latents, d_sae)
+    to_W_dec = use.rows_sum(told.flatten(0, 1), bins[order], c[order], ends)
+    to_W_enc = use.rows_sum(code.h, rows[order], to_u[order], ends)
+    to_b_enc = to_u.new_zeros(d_sae).index_add_(0, latents, to_u)
+    to_b_dec = told[:, 0].sum(0)
+    if to_norm is not None:
+        to_W_dec += W_dec * (to_norm / W_dec.norm(dim=1))[:, None]
+    for index, *gradients in to_dead:
+        for whole, part in zip((to_W_enc, to_b_enc, to_W_dec), gradients, strict=True):
+            whole.index_add_(0, index, part)
+    if sae.apply_b_dec_to_input:
+        to_b_dec -= to_b_enc @ W_enc
+    given = {sae.W_enc: to_W_enc.T, sae.b_enc: to_b_enc, sae.W_dec: to_W_dec, sae.b_dec: to_b_dec}
+    if isinstance(sae.threshold, nn.Parameter):
+        given[sae.threshold] = to_threshold.new_zeros(d_sae).index_add_(0, latents, to_threshold)
+    return _Given.apply(total, list(given.values()), *given), errors, auxiliary.detach(), sparsity.detach()
+
+
+def _local(
+    sae: MatryoshkaSAE, code: SparseCode, widths: Sequence[int], weights: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """(what to differentiate by, coefficients of the W_dec rows, sparsity penalty), small enough for autograd."""
+    sparsity = code.u.new_zeros(())
+    if sae.sparsity in ("batch_topk", "topk"):
+        return {}, code.u, sparsity
+    leaves = {"u": code.u.detach().requires_grad_()}
+    norm = None
+    if sae.rescale_acts_by_decoder_norm or sae.sparsity in PENALTIES:
+        leaves["norm"] = norm = sae.W_dec.detach().norm(dim=1).requires_grad_()
+    if sae.sparsity == "jumprelu":
+        leaves["threshold"] = sae.threshold.detach()[code.latents].requires_grad_()
+    with torch.enable_grad():
+        u, each_norm = leaves["u"], None if norm is None else norm[code.latents]
+        scaled = u if each_norm is None or not sae.rescale_acts_by_decoder_norm else u * each_norm
+        acts = _acts(sae, scaled, leaves.get("threshold"))
+        coefficient = acts / each_norm if sae.rescale_acts_by_decoder_norm else acts
+        if sae.sparsity == "jumprelu":
+            active = count_above(scaled, leaves["threshold"], sae.bandwidth)
+            sparsity = l0_penalty(active.new_zeros(len(code.h)).index_add(0, code.rows, active), sae.k)
+        else:
+            paying = acts if sae.rescale_acts_by_decoder_norm else acts * each_norm
+            paid = paid_by_latent(widths, weights, sae.d_sae).to(paying)[code.latents]
+            sparsity = (PENALTIES[sae.sparsity](paying) * paid).sum() / len(code.h)
+    return leaves, coefficient, sparsity
+
+
+def _acts(sae: MatryoshkaSAE, pre: Tensor, threshold: Tensor | None) -> Tensor:
+    return pre.relu() if threshold is None else jumprelu(pre, threshold, sae.bandwidth)
+
+
+def _auxiliary(
+    sae: MatryoshkaSAE, h: Tensor, left: Tensor, widths: Sequence[int], aux: AuxK, share: float, dead: Tensor | None
+) -> tuple[Tensor, dict[int, Tensor], list[tuple[Tensor, ...]]]:
+    """α-weighted gradients of AuxK beside its value: to each level's residual, and to the dead latents' rows.
+
+    The dead rows are copied out first, so that their gradients are no larger than they are.
+    """
+    total, to_left, to_dead = h.new_zeros(()), {}, []
+    if dead is None or not aux.coefficient > 0:
+        return total, to_left, to_dead
+    spans = enumerate(pairwise([0, *widths])) if aux.per_level else [(len(widths) - 1, (0, sae.d_sae))]
+    share = share if aux.normalise == "none" else 1.0
+    for level, (start, stop) in spans:
+        index = dead[start:stop].nonzero().squeeze(1) + start
+        if len(index) == 0:
+            continue
+        rows = [t.detach()[index].requires_grad_() for t in (sae.W_enc.T, sae.b_enc, sae.W_dec)]
+        residual = left[:, level].detach().requires_grad_(not aux.detach)
+        with torch.enable_grad():
+            directions, bias, W_dec = rows
+            pre = torch.addmm(bias, h, directions.T)
+            if sae.rescale_acts_by_decoder_norm:
+                norm = W_dec.norm(dim=1)
+                pre, W_dec = pre * norm, W_dec / norm[:, None]
+            loss = auxk_level(pre, residual, W_dec, aux) * share
+        total = total + loss.detach()
+        if loss.requires_grad:
+            wanted = rows if aux.detach else [*rows, residual]
+            *of_rows, last = torch.autograd.grad(aux.coefficient * loss, wanted)
+            if aux.detach:
+                of_rows.append(last)
+            else:
+                to_left[level] = last
+            to_dead.append((index, *of_rows))
+    return total, to_left, to_dead
+
+
+class _Given(torch.autograd.Function):
+    """A scalar whose gradients are known already; they are handed over, so it can be differentiated once."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        assert gradients is not None, "the sparse step can be differentiated only once"
+        if grad.device.type != "cpu" or float(grad) != 1:  # looking at it would make a GPU wait
+            torch._foreach_mul_(gradients, grad)
+        return (None, None, *gradients)
