@@ -63,7 +63,8 @@ def test_gradients_equal_finite_differences() -> None:
     reference = matryoshka_loss(sae, x)
     found = torch.autograd.grad(reference.total, list(sae.parameters()))
     for parameter, gradient in zip(sae.parameters(), found, strict=True):
-        flat = parameter.data.view(-1)
+        flat, gradient = (parameter.data.T, gradient.T) if parameter is sae.W_enc else (parameter.data, gradient)
+        flat = flat.view(-1)
         for i, analytic in enumerate(gradient.flatten().tolist()):
             ends, value = [], float(flat[i])
             for sign in (1, -1):

@@ -35,7 +35,8 @@ def make(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name in WEIGHTS:
-            getattr(sae, name).normal_(generator=generator)
+            weight = getattr(sae, name)
+            weight.copy_(torch.empty(weight.shape, dtype=dtype).normal_(generator=generator))
         sae.scale.fill_(scale)
         if sae.sparsity == "jumprelu":
             sae.threshold.uniform_(0.1, 1, generator=generator)

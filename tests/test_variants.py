@@ -156,7 +156,18 @@ def of_module(name: str, d_in: int = 20, **other: Any) -> MatryoshkaTraining:
     return MatryoshkaTraining(d_in, **(settings | VARIANTS[name] | other))
 
 
-ALIKE = ("d_in", "d_sae", "prefixes", "k", "bandwidth", "dead_after_tokens", "warmup_steps", "decay_start", "grad_clip")
+ALIKE = (
+    "kernels",
+    "d_in",
+    "d_sae",
+    "prefixes",
+    "k",
+    "bandwidth",
+    "dead_after_tokens",
+    "warmup_steps",
+    "decay_start",
+    "grad_clip",
+)
 
 
 def test_no_option_is_missing_here() -> None:

@@ -1,17 +1,19 @@
 """The sparse autoencoder as plain torch: weights, encode, decode, prefixes, sparsity, loss, files."""
 
+from msae.sae.adam import DictionaryAdam
 from msae.sae.auxk import AuxK, auxk_loss
 from msae.sae.files import load_sae, save_sae
 from msae.sae.initial import geometric_median
-from msae.sae.loss import DenseCode, Loss, Objective, encode_for_training, matryoshka_loss
+from msae.sae.loss import DenseCode, Loss, Objective, encode_for_training, matryoshka_loss, prefix_errors
 from msae.sae.model import MatryoshkaSAE
 from msae.sae.prefixes import pareto_prefixes, resolve_prefixes
-from msae.sae.sparse import SparseCode
+from msae.sae.sparse import SparseCode, choose_kernels
 from msae.sae.sparsity import L0Controller, batch_topk, jumprelu, quantile_thresholds, topk
 
 __all__ = [
     "AuxK",
     "DenseCode",
+    "DictionaryAdam",
     "L0Controller",
     "Loss",
     "MatryoshkaSAE",
@@ -19,12 +21,14 @@ __all__ = [
     "SparseCode",
     "auxk_loss",
     "batch_topk",
+    "choose_kernels",
     "encode_for_training",
     "geometric_median",
     "jumprelu",
     "load_sae",
     "matryoshka_loss",
     "pareto_prefixes",
+    "prefix_errors",
     "quantile_thresholds",
     "resolve_prefixes",
     "save_sae",

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from msae.sae.auxk import AuxK, auxk_loss
 from msae.sae.model import MatryoshkaSAE
-from msae.sae.sparse import SparseCode, sparse_encode, sparse_loss
+from msae.sae.sparse import SparseCode, sparse_encode, sparse_errors, sparse_loss
 from msae.sae.sparsity import PENALTIES, paid_by_latent, quadratic_l0
 
 
@@ -99,7 +99,7 @@ class Loss:
     @property
     def acts(self) -> Tensor:
         """The activations as a matrix [batch, d_sae]."""
-        return self.code.dense().detach()
+        return self.code.dense()
 
 
 def matryoshka_loss(
@@ -136,6 +136,8 @@ def matryoshka_loss(
     if objective.orthogonality > 0:
         orthogonality = orthogonality_penalty(sae.W_dec, objective.orthogonality_chunk)
         total = total + objective.orthogonality * orthogonality
+    if isinstance(code, DenseCode):
+        code = DenseCode(code.pre.detach(), code.acts.detach())
     return Loss(total, levels.detach(), aux.detach(), sparsity.detach(), orthogonality.detach(), code)
 
 
@@ -188,6 +190,17 @@ def encode_for_training(
         return code
     pre = sae.pre(x)
     return DenseCode(pre, sae.select(pre))
+
+
+@torch.no_grad()
+def prefix_errors(
+    sae: MatryoshkaSAE, code: DenseCode | SparseCode, target: Float[Tensor, "batch d_out"]
+) -> Float[Tensor, " prefixes"]:
+    """E‖y' − recon_m‖² of the SAE's own prefixes for a raw target y, float64."""
+    y = sae.normalise_target(target)
+    if isinstance(code, SparseCode):
+        return sparse_errors(sae, code, y, sae.prefixes)
+    return torch.stack([(y - recon).double().square().sum(1).mean() for recon in sae.decode_prefixes(code.acts)])
 
 
 def sparsity_penalty(

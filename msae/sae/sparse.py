@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,8 @@ from msae.sae.model import MatryoshkaSAE
 from msae.sae.sparsity import PENALTIES, count_above, jumprelu, l0_penalty, paid_by_latent
 
 KERNELS: dict[str, Any] = {"plain": plain, "compiled": compiled}
+Kernels = Literal["auto", "dense", "plain", "compiled"]
+SMALLEST = 1 << 30  # multiplications of the encoder below which the dense step is as fast
 SAMPLE = 128  # rows of the batch itself that say where the bar of BatchTopK's filter must be
 SLACK = (1.25, 2.5, 10.0)  # how many more than wanted the filter is to let through; the next one when it was too few
 DENSEST = 1 / 16  # share of active entries above which the dense step is faster
@@ -55,7 +57,18 @@ class SparseCode:
         return self.acts.new_zeros(len(self.h), self.d_sae).index_put_((self.rows, self.latents), self.acts)
 
 
+def choose_kernels(kernels: Kernels, sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"]) -> str:
+    """What `auto` stands for: `compiled` on a CPU (`plain` without a compiler); `dense` elsewhere, or if small."""
+    if kernels != "auto":
+        return kernels
+    large = len(x) * sae.W_enc.numel() >= SMALLEST
+    if sae.W_enc.device.type != "cpu" or sae.W_enc.dtype != torch.float32 or not large:
+        return "dense"
+    return "plain" if compiled.library() is None else "compiled"
+
+
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def sparse_encode(sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"], kernels: str) -> SparseCode | None:
     """The same selection as `select(pre(x))`; None where so much is active that the dense step is faster.
 
@@ -112,6 +125,7 @@ def _batch_topk(
     return None
 
 
+@torch.autocast("cpu", enabled=False)
 def sparse_loss(
     sae: MatryoshkaSAE,
     code: SparseCode,
@@ -131,8 +145,7 @@ def sparse_loss(
     """
     use, rows, latents, batch = code.kernels, code.rows, code.latents, len(code.h)
     levels, d_sae = len(widths), sae.d_sae
-    edges = torch.tensor(list(widths), device=latents.device)
-    bins = rows * levels + torch.searchsorted(edges, latents, right=True)
+    bins = _bins(code, widths)
     W_enc, W_dec, b_dec = sae.W_enc.detach().T, sae.W_dec.detach(), sae.b_dec.detach()
 
     leaves, coefficient, sparsity = _local(sae, code, widths, weights)
@@ -170,6 +183,23 @@ def sparse_loss(
     if isinstance(sae.threshold, nn.Parameter):
         given[sae.threshold] = to_threshold.new_zeros(d_sae).index_add_(0, latents, to_threshold)
     return _Given.apply(total, list(given.values()), *given), errors, auxiliary.detach(), sparsity.detach()
+
+
+def sparse_errors(
+    sae: MatryoshkaSAE, code: SparseCode, y: Float[Tensor, "batch d_out"], widths: Sequence[int]
+) -> Float[Tensor, " levels"]:
+    """E‖y' − recon_m‖² of each width, float64, without gradient."""
+    norm = sae.W_dec.norm(dim=1)[code.latents] if sae.rescale_acts_by_decoder_norm else 1.0
+    bins = _bins(code, widths)
+    return code.kernels.residuals(code.acts / norm, code.latents, bins, sae.W_dec.detach(), y - sae.b_dec, len(widths))[
+        1
+    ]
+
+
+def _bins(code: SparseCode, widths: Sequence[int]) -> Tensor:
+    """row · levels + the innermost level of each entry."""
+    edges = torch.tensor(list(widths), device=code.latents.device)
+    return code.rows * len(widths) + torch.searchsorted(edges, code.latents, right=True)
 
 
 def _local(

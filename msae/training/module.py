@@ -14,17 +14,24 @@ from msae.data.seeds import stream
 from msae.evaluation.reconstruction import ReconstructionSums
 from msae.sae import (
     AuxK,
+    DenseCode,
+    DictionaryAdam,
     L0Controller,
     Loss,
     MatryoshkaSAE,
     Objective,
+    SparseCode,
+    choose_kernels,
     encode_for_training,
     geometric_median,
     matryoshka_loss,
     pareto_prefixes,
+    prefix_errors,
 )
+from msae.sae.adam import Decoder
 from msae.sae.initial import Init
 from msae.sae.model import Normalise, Sparsity
+from msae.sae.sparse import Kernels
 
 METRICS = ("loss", "mse", "fvu", "l0", "dead")
 FOLDED_AFTER_TRAINING = ("free", "unit_norm_before_step")
@@ -47,6 +54,7 @@ class MatryoshkaTraining(L.LightningModule):
       `decay_start`, a share of all steps, to `decay_end` · lr.
     - A latent is dead after `dead_after_tokens` without firing, or `dead_after_steps` batches if given; these are
       counted up to the batch, or with it (`dead_includes_batch`). `threshold_rate` is the EMA's.
+    - `kernels`: how a step is computed, with the same loss and gradients (`choose_kernels`).
     Every argument is a plain value, so `load_from_checkpoint` works under safe loading. `d_in` (and `d_out`, of a
     transcoder) come from the shards. Raises ValueError for impossible sizes and combinations.
     """
@@ -59,7 +67,7 @@ class MatryoshkaTraining(L.LightningModule):
         k: int | float,
         d_out: int | None = None,
         sparsity: Sparsity = "batch_topk",
-        decoder: Literal["unit_norm", "unit_norm_before_step", "free", "rescaled"] = "unit_norm",
+        decoder: Decoder = "unit_norm",
         normalise: Normalise = "unit_variance",
         apply_b_dec_to_input: bool = True,
         encoder_bias: bool = True,
@@ -94,6 +102,7 @@ class MatryoshkaTraining(L.LightningModule):
         decay_start: float = 0.8,
         decay_end: float = 0.0,
         grad_clip: float = 1.0,
+        kernels: Kernels = "auto",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -163,7 +172,7 @@ class MatryoshkaTraining(L.LightningModule):
         self.decay_start, self.decay_end = decay_start, decay_end
         self.dead_after_tokens, self.dead_after_steps = dead_after_tokens, dead_after_steps
         self.dead_includes_batch = dead_includes_batch
-        self.threshold_rate = threshold_rate
+        self.threshold_rate, self.kernels = threshold_rate, kernels
         self._clock: tuple[float, int] | None = None  # when and at which step throughput was last measured
         self._sums: ReconstructionSums | None = None
 
@@ -189,8 +198,9 @@ class MatryoshkaTraining(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x, y = as_pair(batch, self.sae.W_dec)
         sae, world = self.sae, self.trainer.world_size
-        code = _, acts = encode_for_training(sae, x)
-        fired = (acts > 0).sum(0)
+        widths = self._widths(self.trainer.global_step)
+        code = encode_for_training(sae, x, "dense" if widths == "every" else choose_kernels(self.kernels, sae, x))
+        fired = code.fired()
         everywhere = fired.clone()
         if world > 1:
             torch.distributed.all_reduce(everywhere)
@@ -200,12 +210,11 @@ class MatryoshkaTraining(L.LightningModule):
         if self.dead_includes_batch:
             sae.update_fired(everywhere, len(x) * world)
         dead = self._dead(len(x)) if self.objective.aux.coefficient > 0 else None
-        widths = self._widths(self.trainer.global_step)
         loss = matryoshka_loss(sae, x, self.objective, dead, y, widths, weight, code)
         if sae.sparsity == "batch_topk":
-            sae.update_threshold(loss.acts, self.threshold_rate)
+            sae.update_threshold(code.values.detach(), self.threshold_rate)
         if self.resort_rate is not None:
-            self._update_use(loss.acts)
+            self._update_use(code)
         if self._should_log():
             self._log_step(x, y, loss, fired, weight)
         if not self.dead_includes_batch:
@@ -224,47 +233,38 @@ class MatryoshkaTraining(L.LightningModule):
             after = self.dead_after_steps * batch_tokens * self.trainer.world_size
         return self.sae.dead(after)
 
-    def _update_use(self, acts: Tensor) -> None:
-        norm = 1.0 if self.sae.rescale_acts_by_decoder_norm else self.sae.W_dec.detach().norm(dim=1)
-        use = (acts * norm).square().mean(0)
+    def _update_use(self, code: DenseCode | SparseCode) -> None:
+        use = code.mean_square(1.0 if self.sae.rescale_acts_by_decoder_norm else self.sae.W_dec.detach().norm(dim=1))
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(use)
             use /= self.trainer.world_size
         assert self.resort_rate is not None
-        self.sae.update_use(use, self.resort_rate)
+        self.sae.update_use(use.detach(), self.resort_rate)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.decoder == "unit_norm_before_step":
-            self.sae.normalise_decoder()
-        if self.decoder.startswith("unit_norm"):
-            self.sae.project_decoder_gradient()
-        # By hand: Lightning's gradient_clip_val refuses fused Adam under bf16-mixed.
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.grad_clip)
-        if self._should_log():
-            self._refuse_divergence(norm)
-            self._send({"train/grad_norm": float(norm)})
-
-    def _refuse_divergence(self, tensor: Tensor) -> None:
+    def _refuse_divergence(self, tensor: Tensor, step: int) -> None:
         if not bool(tensor.isfinite().all()):
             raise ValueError(
-                f"training diverged by step {self.trainer.global_step + 1}: not a finite number; "
+                f"training diverged by step {step}: not a finite number; "
                 f"lower model.lr={self.lr} and resume a checkpoint before it, or start again"
             )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        step, logging = self.trainer.global_step + 1, self._should_log()
         super().optimizer_step(*args, **kwargs)
-        if self.decoder == "unit_norm":
-            self.sae.normalise_decoder()
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, DictionaryAdam)
+        if logging:
+            self._refuse_divergence(optimizer.grad_norm, step)
+            self._send({"train/grad_norm": float(optimizer.grad_norm)}, step)
         if self.sae.sparsity == "jumprelu":  # below zero the gate would let negative pre-activations through
             self.sae.threshold.data.clamp_(min=0)
         if self.resort_rate is not None:
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            assert isinstance(optimizer, torch.optim.Optimizer)
             self.sae.permute(self.sae.use.argsort(descending=True, stable=True), optimizer)
 
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(trained, lr=self.lr, betas=self.betas, fused=True)
+        large = self.kernels == "auto" and self.sae.W_enc.numel() >= 1 << 18  # less is not worth a compiler's seconds
+        use_compiled = large or self.kernels == "compiled"
+        optimizer = DictionaryAdam(self.sae, self.lr, self.betas, self.grad_clip, self.decoder, use_compiled)
         total = self.trainer.max_steps  # not estimated_stepping_batches: touching that loses the loader's state
         assert total > 0, "training needs trainer.max_steps"
         share = self.sparsity_warmup_steps
@@ -289,16 +289,15 @@ class MatryoshkaTraining(L.LightningModule):
         step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return bool(self.loggers) and (step == 0 or (step + 1) % every == 0)
 
-    def _send(self, metrics: dict[str, float]) -> None:
+    def _send(self, metrics: dict[str, float], step: int) -> None:
         for logger in self.loggers:
-            logger.log_metrics(metrics, step=self.trainer.global_step + 1)
+            logger.log_metrics(metrics, step=step)
 
     @torch.no_grad()
     def _log_step(self, x: Tensor, y: Tensor, loss: Loss, fired: Tensor, weight: Tensor | float) -> None:
         sae, trainer = self.sae, self.trainer
         # loss = E‖y' − recon‖² in scaled units, mse = E‖y − ŷ‖² / d_out in raw ones, fvu over this batch's variance
-        target = sae.normalise_target(y)
-        losses = torch.stack([(target - r).double().square().sum(1).mean() for r in sae.decode_prefixes(loss.acts)])
+        losses = prefix_errors(sae, loss.code, y)
         errors = losses / sae.target_scale.double().square()
         variance = (y - y.mean(0)).double().square().sum(1).mean()
         dead = self._dead(len(x)).double()
@@ -324,7 +323,7 @@ class MatryoshkaTraining(L.LightningModule):
             **({"train/orthogonality": float(loss.orthogonality)} if self.objective.orthogonality else {}),
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
         }
-        self._send(metrics)
+        self._send(metrics, step + 1)
 
     # --- validation: at inference, by threshold ----------------------------------------------------------------
 
@@ -352,7 +351,7 @@ class MatryoshkaTraining(L.LightningModule):
     # --- resuming ----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._refuse_divergence(self.sae.b_dec)  # a checkpoint of it would replace a good one
+        self._refuse_divergence(self.sae.b_dec, self.trainer.global_step)  # a checkpoint of it would replace a good one
         checkpoint["rng"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)

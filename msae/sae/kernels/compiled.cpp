@@ -46,8 +46,39 @@ inline float dot(const float* a, const float* b, int64_t d) {
   return total;
 }
 
-inline void add(float* to, const float* from, float scale, int64_t d) {
+inline void add(float* __restrict to, const float* __restrict from, float scale, int64_t d) {
   for (int64_t k = 0; k < d; ++k) to[k] += scale * from[k];
+}
+
+// Rows gathered from all over a table are worked on a few columns at a time: these of the whole table stay in cache.
+constexpr int64_t COLUMNS = 128;
+
+template <class F> void parallel_blocks(int64_t n, int64_t size, int64_t d, int threads, F work) {
+  int64_t ranges = (n + size - 1) / size, blocks = (d + COLUMNS - 1) / COLUMNS;
+  parallel(ranges * blocks, threads, [&](int64_t item) {
+    int64_t block = item / ranges, from = item % ranges * size, k = block * COLUMNS;
+    work(block, from, std::min(n, from + size), k, std::min(COLUMNS, d - k));
+  });
+}
+
+// to[0 … width) += Σ scale(e) table[index[e]], the sums in registers.
+template <class Scale>
+inline void gather(float* to, const float* table, const int64_t* index, Scale scale, int64_t from, int64_t until,
+                   int64_t d, int64_t width) {
+  if (width < COLUMNS) {
+    for (int64_t e = from; e < until; ++e) add(to, table + index[e] * d, scale(e), width);
+    return;
+  }
+  constexpr int PARTS = COLUMNS / WIDE;
+  Lanes sums[PARTS];
+  std::memcpy(sums, to, sizeof sums);
+  for (int64_t e = from; e < until; ++e) {
+    const float* row = table + index[e] * d;
+    float weight = scale(e);
+#pragma GCC unroll 8
+    for (int s = 0; s < PARTS; ++s) sums[s] += weight * *(const Lanes*)(row + s * WIDE);
+  }
+  std::memcpy(to, sums, sizeof sums);
 }
 
 inline double square(const float* a, int64_t d) { return dot(a, a, d); }
@@ -76,6 +107,8 @@ constexpr int GROUP = 2, PANEL = 16, TALL = 6;
 #endif
 
 int64_t msae_screen_bits() { return MSAE_SCREEN; }
+
+int64_t msae_columns() { return COLUMNS; }
 
 #if MSAE_SCREEN
 }
@@ -156,7 +189,9 @@ typedef __m512i Ints;
 constexpr int LANES = 16;
 inline Ints load(const void* p) { return _mm512_loadu_si512(p); }
 inline Ints spread(const void* p) { return _mm512_set1_epi32(*(const int32_t*)p); }
-inline Ints multiply(Ints sum, Ints a, Ints b) { return _mm512_dpbusd_epi32(sum, a, b); }
+inline void multiply(Ints& sum, Ints a, Ints b) {  // by the intrinsic GCC copies every sum to memory and back
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+}
 inline uint32_t passing(Ints sum, const Screen& s, const Rounded& x, int64_t j) {
   __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_loadu_ps(&s.scale[j]), _mm512_set1_ps(x.scale)));
   v = _mm512_fmadd_ps(_mm512_set1_ps(x.norm), _mm512_loadu_ps(&s.to_norm[j]), v);
@@ -168,7 +203,7 @@ typedef __m256i Ints;
 constexpr int LANES = 8;
 inline Ints load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 inline Ints spread(const void* p) { return _mm256_set1_epi32(*(const int32_t*)p); }
-inline Ints multiply(Ints sum, Ints a, Ints b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+inline void multiply(Ints& sum, Ints a, Ints b) { sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 inline uint32_t passing(Ints sum, const Screen& s, const Rounded& x, int64_t j) {
   __m256 v = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(_mm256_loadu_ps(&s.scale[j]), _mm256_set1_ps(x.scale)));
   v = _mm256_add_ps(_mm256_mul_ps(_mm256_set1_ps(x.norm), _mm256_loadu_ps(&s.to_norm[j])), v);
@@ -179,22 +214,29 @@ inline uint32_t passing(Ints sum, const Screen& s, const Rounded& x, int64_t j) 
 
 // TALL rows by one panel: the sums stay in registers.
 template <int N> void tile(const Screen& s, int64_t row, int64_t panel, std::vector<int64_t>& pairs) {
-  constexpr int COLUMNS = PANEL / LANES;
+  constexpr int ACROSS = PANEL / LANES;
   int64_t padded = s.groups * GROUP;
   const Whole *x = &s.qh[row * padded], *w = &s.qW[panel * PANEL * padded];
-  Ints sums[N][COLUMNS];
+  Ints sums[N][ACROSS];
+#pragma GCC unroll 8
   for (int r = 0; r < N; ++r)
-    for (int c = 0; c < COLUMNS; ++c) sums[r][c] = load(&s.start[panel * PANEL + c * LANES]);
+#pragma GCC unroll 8
+    for (int c = 0; c < ACROSS; ++c) sums[r][c] = load(&s.start[panel * PANEL + c * LANES]);
   for (int64_t g = 0; g < s.groups; ++g) {
-    Ints right[COLUMNS];
-    for (int c = 0; c < COLUMNS; ++c) right[c] = load(w + (g * PANEL + c * LANES) * GROUP);
+    Ints right[ACROSS];
+#pragma GCC unroll 8
+    for (int c = 0; c < ACROSS; ++c) right[c] = load(w + (g * PANEL + c * LANES) * GROUP);
+#pragma GCC unroll 8
     for (int r = 0; r < N; ++r) {
       Ints left = spread(x + r * padded + g * GROUP);
-      for (int c = 0; c < COLUMNS; ++c) sums[r][c] = multiply(sums[r][c], left, right[c]);
+#pragma GCC unroll 8
+      for (int c = 0; c < ACROSS; ++c) multiply(sums[r][c], left, right[c]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < N; ++r)
-    for (int c = 0; c < COLUMNS; ++c) {
+#pragma GCC unroll 8
+    for (int c = 0; c < ACROSS; ++c) {
       int64_t j = panel * PANEL + c * LANES;
       for (uint32_t mask = passing(sums[r][c], s, s.of_h[row + r], j); mask; mask &= mask - 1) {
         int64_t latent = j + __builtin_ctz(mask);
@@ -256,20 +298,21 @@ void msae_collect(void* handle, int64_t* flat, float* values) {
 
 // --- decoding, and the gradients of activations --------------------------------------------------------------------
 
-// left [batch, levels, d] = target − Σ acts W_dec of the latents up to each level, squares [batch, levels] = ‖left‖².
-// Entries of bin row · levels + level are those from ends[bin] to ends[bin + 1].
+// left [batch, levels, d] = target − Σ acts W_dec of the latents up to each level; squares [blocks, batch, levels],
+// ‖left‖² of each block of columns. Entries of bin row · levels + level are those from ends[bin] to ends[bin + 1].
 void msae_residuals(const float* acts, const int64_t* latents, const int64_t* ends, const float* W_dec,
                     const float* target, int64_t batch, int64_t levels, int64_t d, float* left, double* squares,
                     int threads) {
-  parallel_ranges(batch, 16, threads, [&](int64_t from, int64_t to) {
+  auto minus = [&](int64_t e) { return -acts[e]; };
+  parallel_blocks(batch, 128, d, threads, [&](int64_t block, int64_t from, int64_t to, int64_t k, int64_t width) {
     for (int64_t i = from; i < to; ++i) {
-      const float* before = target + i * d;
+      const float* before = target + i * d + k;
       for (int64_t l = 0; l < levels; ++l) {
-        float* here = left + (i * levels + l) * d;
-        std::memcpy(here, before, d * sizeof(float));
-        for (int64_t e = ends[i * levels + l]; e < ends[i * levels + l + 1]; ++e)
-          add(here, W_dec + latents[e] * d, -acts[e], d);
-        squares[i * levels + l] = square(here, d);
+        float* here = left + (i * levels + l) * d + k;
+        const int64_t* end = ends + i * levels + l;
+        std::memcpy(here, before, width * sizeof(float));
+        gather(here, W_dec + k, latents, minus, end[0], end[1], d, width);
+        squares[(block * batch + i) * levels + l] = square(here, width);
         before = here;
       }
     }
@@ -277,22 +320,18 @@ void msae_residuals(const float* acts, const int64_t* latents, const int64_t* en
 }
 
 // In place, left[l] ← Σ over levels m ≥ l of weights[m] left[m] (of level l alone with stop_gradient), and what each
-// entry is told: ⟨left[its bin], W_dec[its latent]⟩. Without weights left is final already.
+// entry is told, ⟨left[its bin], W_dec[its latent]⟩: dots [blocks, entries], of each block of columns.
 void msae_tell(float* left, const float* weights, int64_t stop_gradient, const int64_t* latents, const int64_t* ends,
                const float* W_dec, int64_t batch, int64_t levels, int64_t d, float* dots, int threads) {
-  parallel_ranges(batch, 16, threads, [&](int64_t from, int64_t to) {
+  int64_t entries = ends[batch * levels];
+  parallel_blocks(batch, 128, d, threads, [&](int64_t block, int64_t from, int64_t to, int64_t k, int64_t width) {
     for (int64_t i = from; i < to; ++i)
       for (int64_t l = levels - 1; l >= 0; --l) {
-        float* here = left + (i * levels + l) * d;
-        if (weights) {
-          float weight = weights[l];
-          if (l < levels - 1 && !stop_gradient)
-            for (int64_t k = 0; k < d; ++k) here[k] = weight * here[k] + here[d + k];
-          else
-            for (int64_t k = 0; k < d; ++k) here[k] *= weight;
-        }
+        float* here = left + (i * levels + l) * d + k;
+        for (int64_t c = 0; c < width; ++c) here[c] *= weights[l];
+        if (l < levels - 1 && !stop_gradient) add(here, here + d, 1, width);
         for (int64_t e = ends[i * levels + l]; e < ends[i * levels + l + 1]; ++e)
-          dots[e] = dot(here, W_dec + latents[e] * d, d);
+          dots[block * entries + e] = dot(here, W_dec + latents[e] * d + k, width);
       }
   });
 }
@@ -306,18 +345,6 @@ void msae_by_latent(const int64_t* latents, int64_t n, int64_t d_sae, int64_t* o
   for (int64_t j = 0; j < d_sae; ++j) ends[j + 1] += ends[j];
   std::vector<int64_t> place(ends, ends + d_sae);
   for (int64_t e = 0; e < n; ++e) order[place[latents[e]]++] = e;
-}
-
-// out[bag] = Σ weights[e] table[index[e]] over e from ends[bag] to ends[bag + 1].
-void msae_rows_sum(const float* table, const int64_t* index, const float* weights, const int64_t* ends, int64_t bags,
-                   int64_t d, float* out, int threads) {
-  parallel_ranges(bags, 16, threads, [&](int64_t from, int64_t to) {
-    for (int64_t bag = from; bag < to; ++bag) {
-      float* here = out + bag * d;
-      std::memset(here, 0, d * sizeof(float));
-      for (int64_t e = ends[bag]; e < ends[bag + 1]; ++e) add(here, table + index[e] * d, weights[e], d);
-    }
-  });
 }
 
 // --- the optimizer -----------------------------------------------------------------------------------------------------

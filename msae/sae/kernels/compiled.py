@@ -6,6 +6,7 @@ What they cannot do (another device or type, no compiler) `plain` does, with the
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import subprocess
@@ -24,9 +25,9 @@ from msae.sae.kernels import plain
 SOURCE = Path(__file__).with_name("compiled.cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]  # NaN stays NaN
-COUNTS = ("msae_screen", "msae_screen_bits")  # what returns a number
+COUNTS = ("msae_screen", "msae_screen_bits", "msae_columns")  # what returns a number
 
-row_survivors = plain.row_survivors
+row_survivors, rows_sum = plain.row_survivors, plain.rows_sum  # PyTorch's are as fast
 
 
 @functools.cache
@@ -51,7 +52,8 @@ def library() -> Any:
         print(f"kernels: not compiled ({why}); the slower PyTorch ones give the same results", file=sys.stderr)
         return None
     for function in COUNTS:
-        getattr(loaded, function, loaded.msae_screen_bits).restype = ctypes.c_int64
+        if hasattr(loaded, function):
+            getattr(loaded, function).restype = ctypes.c_int64
     return loaded
 
 
@@ -91,6 +93,11 @@ def call(name: str, *arguments: Tensor | int | float | None) -> Any:
     return getattr(library(), name)(*map(converted, arguments), torch.get_num_threads())
 
 
+def blocks(d: int) -> int:
+    """Into how many blocks of columns a row is cut."""
+    return -(-d // library().msae_columns())
+
+
 def survivors(
     h: Float[Tensor, "batch d_in"],
     W: Float[Tensor, "d_sae d_in"],
@@ -104,9 +111,7 @@ def survivors(
     handle, looked_at = ctypes.c_void_p(), ctypes.c_int64()
     sizes = (ctypes.c_int64(n) for n in (*h.shape[:1], *W.shape))
     pointers = (ctypes.c_void_p(t.data_ptr()) for t in (h, W, b, bar))
-    n = library().msae_screen(
-        *pointers, *sizes, torch.get_num_threads(), ctypes.byref(handle), ctypes.byref(looked_at)
-    )
+    n = library().msae_screen(*pointers, *sizes, torch.get_num_threads(), ctypes.byref(handle), ctypes.byref(looked_at))
     flat, values = torch.empty(n, dtype=torch.int64), torch.empty(n)
     library().msae_collect(handle, ctypes.c_void_p(flat.data_ptr()), ctypes.c_void_p(values.data_ptr()))
     return flat, values
@@ -133,10 +138,11 @@ def residuals(
     if not able(acts, W_dec, target):
         return plain.residuals(acts, latents, bins, W_dec, target, levels)
     batch, d = target.shape
-    left, squares = target.new_empty(batch, levels, d), target.new_empty(batch, levels, dtype=torch.float64)
+    left = target.new_empty(batch, levels, d)
+    squares = target.new_empty(blocks(d), batch, levels, dtype=torch.float64)
     ends = plain.bin_ends(bins, batch * levels)
     call("msae_residuals", acts, latents, ends, W_dec, target, batch, levels, d, left, squares)
-    return left, squares.mean(0)
+    return left, squares.sum(0).mean(0)
 
 
 def tell(
@@ -152,22 +158,32 @@ def tell(
     if more or not able(left, W_dec):
         return plain.tell(left, weights, stop_gradient, more, latents, bins, W_dec)
     batch, levels, d = left.shape
-    dots, ends = left.new_empty(len(latents)), plain.bin_ends(bins, batch * levels)
+    dots, ends = left.new_empty(blocks(d), len(latents)), plain.bin_ends(bins, batch * levels)
     scales = torch.tensor(weights)
     call("msae_tell", left, scales, stop_gradient, latents, ends, W_dec, batch, levels, d, dots)
-    return left, dots
+    return left, dots.sum(0)
 
 
-def rows_sum(
-    table: Float[Tensor, "rows d"],
-    index: Int[Tensor, " n"],
-    weights: Float[Tensor, " n"],
-    offsets: Int[Tensor, " bags_and_1"],
-) -> Float[Tensor, "bags d"]:
-    """As `plain.rows_sum`."""
-    if not able(table, weights):
-        return plain.rows_sum(table, index, weights, offsets)
-    bags, d = len(offsets) - 1, table.shape[1]
-    out = table.new_empty(bags, d)
-    call("msae_rows_sum", table, index, weights, offsets, bags, d, out)
-    return out
+def project(grad: Float[Tensor, "rows d"], W: Float[Tensor, "rows d"] | None) -> Float[Tensor, " rows"]:
+    """‖grad row‖² (float64), after its part along W's unit row is removed in place if W is given."""
+    rows, d = grad.shape
+    squares = grad.new_empty(rows, dtype=torch.float64)
+    call("msae_project", grad, W, rows, d, squares)
+    return squares
+
+
+def adam(
+    W: Float[Tensor, "rows d"],
+    grad: Float[Tensor, "rows d"],
+    state: tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"]],
+    scale: float,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    step: int,
+    unit_norm: bool,
+) -> None:
+    """Adam's update with the gradient × scale, then rows of unit norm if wanted: one pass over memory."""
+    (beta1, beta2), (rows, d) = betas, W.shape
+    step_size, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
+    call("msae_adam", W, grad, *state, rows, d, scale, beta1, beta2, step_size, root, eps, unit_norm)
