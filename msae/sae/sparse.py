@@ -17,8 +17,8 @@ from msae.sae.sparsity import PENALTIES, count_above, jumprelu, l0_penalty, paid
 KERNELS: dict[str, Any] = {"plain": plain, "compiled": compiled}
 Kernels = Literal["auto", "dense", "plain", "compiled"]
 SMALLEST = 1 << 30  # multiplications of the encoder below which the dense step is as fast
-SAMPLE = 128  # rows of the batch itself that say where the bar of BatchTopK's filter must be
-SLACK = (1.25, 2.5, 10.0)  # how many more than wanted the filter is to let through; the next one when it was too few
+SAMPLE = 64  # rows of the batch itself that say where the bar of BatchTopK's filter must be
+SLACK = (1.3, 2.6, 10.0)  # how many more than wanted the filter is to let through; the next one when it was too few
 DENSEST = 1 / 16  # share of active entries above which the dense step is faster
 
 

@@ -97,7 +97,7 @@ extern "C" {
 #if defined(__AVX512VNNI__)
 #define MSAE_SCREEN 8
 typedef int8_t Whole;
-constexpr int GROUP = 4, PANEL = 64, TALL = 6;
+constexpr int GROUP = 4, PANEL = 32, TALL = 12;
 #elif defined(__AVX2__)
 #define MSAE_SCREEN 16
 typedef int16_t Whole;
@@ -203,7 +203,10 @@ typedef __m256i Ints;
 constexpr int LANES = 8;
 inline Ints load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 inline Ints spread(const void* p) { return _mm256_set1_epi32(*(const int32_t*)p); }
-inline void multiply(Ints& sum, Ints a, Ints b) { sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+inline void multiply(Ints& sum, Ints a, Ints b) {
+  Ints both;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(both) : "x"(a), "x"(b));
+}
 inline uint32_t passing(Ints sum, const Screen& s, const Rounded& x, int64_t j) {
   __m256 v = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(_mm256_loadu_ps(&s.scale[j]), _mm256_set1_ps(x.scale)));
   v = _mm256_add_ps(_mm256_mul_ps(_mm256_set1_ps(x.norm), _mm256_loadu_ps(&s.to_norm[j])), v);
@@ -212,37 +215,46 @@ inline uint32_t passing(Ints sum, const Screen& s, const Rounded& x, int64_t j) 
 }
 #endif
 
-// TALL rows by one panel: the sums stay in registers.
+static_assert(PANEL == 2 * LANES);
+
+// The sums of N rows by one panel, each a variable of its own: of an array GCC would copy every sum to memory and back.
+template <int N> struct Sums {
+  Ints left, right;
+  Sums<N - 1> below;
+  inline void begin(Ints a, Ints b) { left = a, right = b, below.begin(a, b); }
+  inline void add(const Whole* x, int64_t stride, Ints a, Ints b) {
+    Ints row = spread(x);
+    multiply(left, row, a), multiply(right, row, b);
+    below.add(x + stride, stride, a, b);
+  }
+  inline void end(Ints* out) { out[0] = left, out[1] = right, below.end(out + 2); }
+};
+template <> struct Sums<0> {
+  inline void begin(Ints, Ints) {}
+  inline void add(const Whole*, int64_t, Ints, Ints) {}
+  inline void end(Ints*) {}
+};
+
+template <int N>
+__attribute__((noinline)) void products(const Whole* x, const Whole* w, const int32_t* start, int64_t groups, Ints* out) {
+  Sums<N> sums;
+  sums.begin(load(start), load(start + LANES));
+  for (int64_t g = 0; g < groups; ++g)
+    sums.add(x + g * GROUP, groups * GROUP, load(w + g * PANEL * GROUP), load(w + (g * PANEL + LANES) * GROUP));
+  sums.end(out);
+}
+
 template <int N> void tile(const Screen& s, int64_t row, int64_t panel, std::vector<int64_t>& pairs) {
-  constexpr int ACROSS = PANEL / LANES;
   int64_t padded = s.groups * GROUP;
-  const Whole *x = &s.qh[row * padded], *w = &s.qW[panel * PANEL * padded];
-  Ints sums[N][ACROSS];
-#pragma GCC unroll 8
-  for (int r = 0; r < N; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < ACROSS; ++c) sums[r][c] = load(&s.start[panel * PANEL + c * LANES]);
-  for (int64_t g = 0; g < s.groups; ++g) {
-    Ints right[ACROSS];
-#pragma GCC unroll 8
-    for (int c = 0; c < ACROSS; ++c) right[c] = load(w + (g * PANEL + c * LANES) * GROUP);
-#pragma GCC unroll 8
-    for (int r = 0; r < N; ++r) {
-      Ints left = spread(x + r * padded + g * GROUP);
-#pragma GCC unroll 8
-      for (int c = 0; c < ACROSS; ++c) multiply(sums[r][c], left, right[c]);
+  Ints found[2 * N];
+  products<N>(&s.qh[row * padded], &s.qW[panel * PANEL * padded], &s.start[panel * PANEL], s.groups, found);
+  for (int i = 0; i < 2 * N; ++i) {
+    int64_t r = row + i / 2, j = panel * PANEL + i % 2 * LANES;
+    for (uint32_t mask = passing(found[i], s, s.of_h[r], j); mask; mask &= mask - 1) {
+      int64_t latent = j + __builtin_ctz(mask);
+      if (latent < s.d_sae) pairs.push_back(r * s.d_sae + latent);
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < N; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < ACROSS; ++c) {
-      int64_t j = panel * PANEL + c * LANES;
-      for (uint32_t mask = passing(sums[r][c], s, s.of_h[row + r], j); mask; mask &= mask - 1) {
-        int64_t latent = j + __builtin_ctz(mask);
-        if (latent < s.d_sae) pairs.push_back((row + r) * s.d_sae + latent);
-      }
-    }
 }
 
 }  // namespace
