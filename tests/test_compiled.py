@@ -66,7 +66,7 @@ from msae.sae import MatryoshkaSAE, choose_kernels
 from msae.sae import sparse
 from msae.sae.kernels import compiled, plain
 sae, x = MatryoshkaSAE(64, 512, [512], 4), torch.randn(4096, 64)
-sparse.SMALLEST = 1
+sparse.WORTH_COMPILING = 1
 assert choose_kernels("auto", sae, x) == "plain"
 a, b = (sparse.sparse_encode(sae, x, name) for name in ("plain", "compiled"))
 assert torch.equal(a.acts, b.acts) and torch.equal(a.latents, b.latents)

@@ -10,9 +10,11 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import msae.sae.sparse
+import msae.training.module
 from msae.data.datamodule import ActivationData
 from msae.data.synthetic import TreeSource
-from msae.sae import AuxK, geometric_median
+from msae.sae import AuxK, DenseCode, SparseCode, geometric_median
 from msae.training.callbacks import Interrupted, PrefixCharts, SaveWhenStopping
 from msae.training.checkpoints import (
     LAST,
@@ -150,6 +152,31 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(root, tmp_path, hook
     for a, b in zip(seen.batches, seen_whole.batches, strict=True):
         assert torch.equal(a, b)
     assert_same(whole, parts)
+
+
+@pytest.mark.parametrize("kernels", ["plain", "compiled"])
+def test_training_with_sparse_kernels_is_dense_training_and_resumes_exactly(root, tmp_path, kernels, monkeypatch):
+    """The same run within rounding; stopped and resumed, the same in every bit."""
+    monkeypatch.setattr(msae.sae.sparse, "DENSEST", 1.0)  # of 20 latents many are active
+    codes = []
+    encode = msae.training.module.encode_for_training
+    monkeypatch.setattr(
+        msae.training.module,
+        "encode_for_training",
+        lambda *a: codes.append(encode(*a)) or codes[-1],
+    )
+    _, dense = fit(root, tmp_path / "dense", kernels="dense", aux={"k": 2})
+    assert {type(code) for code in codes} == {DenseCode}
+    codes.clear()
+    options = {"kernels": kernels, "aux": {"k": 2}}
+    _, whole = fit(root, tmp_path / "whole", **options)
+    assert {type(code) for code in codes} == {SparseCode}
+    for name, tensor in dense.sae.state_dict().items():
+        torch.testing.assert_close(whole.sae.state_dict()[name], tensor, rtol=2e-3, atol=2e-4)
+    with pytest.raises(Interrupted):
+        fit(root, tmp_path / "stopped", callbacks=[At("on_train_batch_start", 17, terminate)], **options)
+    _, resumed = fit(root, tmp_path / "stopped", resume=True, **options)
+    assert_same(resumed.state_dict(), whole.state_dict())
 
 
 def test_a_truncated_last_checkpoint_falls_back_to_the_one_before(root, tmp_path, capsys):

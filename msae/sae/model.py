@@ -354,7 +354,7 @@ class MatryoshkaSAE(nn.Module):
         shift.copy_(mean if normalise == "centred" else torch.zeros_like(mean))
 
     @torch.no_grad()
-    def update_threshold(self, acts: Float[Tensor, "batch d_sae"], rate: float) -> None:
+    def update_threshold(self, acts: Float[Tensor, "*entries"], rate: float) -> None:
         """EMA of the smallest active value, bias-corrected: θ = Σ_i rate (1−rate)^i min_i / (1 − (1−rate)^t)."""
         smallest = torch.where(acts > 0, acts, torch.inf).amin().float()
         seen = torch.isfinite(smallest)

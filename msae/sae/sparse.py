@@ -16,7 +16,8 @@ from msae.sae.sparsity import PENALTIES, count_above, jumprelu, l0_penalty, paid
 
 KERNELS: dict[str, Any] = {"plain": plain, "compiled": compiled}
 Kernels = Literal["auto", "dense", "plain", "compiled"]
-SMALLEST = 1 << 30  # multiplications of the encoder below which the dense step is as fast
+SMALLEST = 1 << 24  # multiplications of the encoder below which the dense step is as fast
+WORTH_COMPILING = 1 << 28
 SAMPLE = 64  # rows of the batch itself that say where the bar of BatchTopK's filter must be
 SLACK = (1.3, 2.6, 10.0)  # how many more than wanted the filter is to let through; the next one when it was too few
 DENSEST = 1 / 16  # share of active entries above which the dense step is faster
@@ -61,10 +62,10 @@ def choose_kernels(kernels: Kernels, sae: MatryoshkaSAE, x: Float[Tensor, "batch
     """What `auto` stands for: `compiled` on a CPU (`plain` without a compiler); `dense` elsewhere, or if small."""
     if kernels != "auto":
         return kernels
-    large = len(x) * sae.W_enc.numel() >= SMALLEST
-    if sae.W_enc.device.type != "cpu" or sae.W_enc.dtype != torch.float32 or not large:
+    size = len(x) * sae.W_enc.numel()
+    if sae.W_enc.device.type != "cpu" or sae.W_enc.dtype != torch.float32 or size < SMALLEST:
         return "dense"
-    return "plain" if compiled.library() is None else "compiled"
+    return "compiled" if size >= WORTH_COMPILING and compiled.library() is not None else "plain"
 
 
 @torch.no_grad()

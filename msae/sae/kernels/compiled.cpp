@@ -267,7 +267,7 @@ int64_t msae_screen(const float* h, const float* W, const float* b, const float*
   auto* s = new Screen{h, W, b, bar, rows, d_sae, d, (d + GROUP - 1) / GROUP};
   prepare(*s, threads);
   int64_t share = (rows / (4 * threads) + TALL - 1) / TALL * TALL;
-  int64_t block = std::max<int64_t>(TALL, std::min<int64_t>(192, share)), panels = (d_sae + PANEL - 1) / PANEL;
+  int64_t block = std::max<int64_t>(TALL, std::min<int64_t>(768, share)), panels = (d_sae + PANEL - 1) / PANEL;
   s->found.resize((rows + block - 1) / block);
   std::atomic<int64_t> pairs_seen{0};
   parallel_ranges(rows, block, threads, [&](int64_t from, int64_t to) {

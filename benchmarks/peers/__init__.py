@@ -1,0 +1,1 @@
+"""Training steps of published sparse autoencoders, for benchmarks/step.py alone."""
