@@ -13,6 +13,7 @@ from msae.sae.sparse import SparseCode, sparse_encode
 from tests.test_variants import Example, variants
 
 KERNELS = ["plain", "compiled"]
+DEFAULT = Objective()
 every_kernel = pytest.mark.parametrize("kernels", KERNELS)
 
 
@@ -28,13 +29,14 @@ def gradients(sae: MatryoshkaSAE, loss) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
 
 
-def assert_same_step(sae: MatryoshkaSAE, x: Tensor, kernels: str, objective=Objective(), dtype=torch.float32, **given):
+def assert_same_step(sae: MatryoshkaSAE, x: Tensor, kernels: str, objective=DEFAULT, dtype=torch.float32, **given):
     """The sparse step of a code, against the dense step; loss, parts and every gradient. The dense step's is given."""
     code = sparse_encode(sae, x, kernels)
     assert isinstance(code, SparseCode)
     dense = encode_for_training(sae, x)
     rtol = 1e-9 if dtype == torch.float64 else 2e-5
-    torch.testing.assert_close(code.dense(), dense.acts.detach(), rtol=rtol, atol=rtol * float(dense.acts.detach().max()))
+    acts = dense.acts.detach()
+    torch.testing.assert_close(code.dense(), acts, rtol=rtol, atol=rtol * float(acts.max()))
     results = []
     for each in (dense, code):
         torch.manual_seed(0)  # orthogonality deals its chunks

@@ -34,7 +34,7 @@ class DictionaryAdam(torch.optim.Adam):
         super().__init__([p for p in sae.parameters() if p.requires_grad], lr=lr, betas=betas, fused=True)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; the closure, which Lightning gives, computes the gradients."""
         loss = None
         if closure is not None:
@@ -90,8 +90,9 @@ class DictionaryAdam(torch.optim.Adam):
                     state[name] = torch.empty_like(p).copy_(value)
 
 
-def rows(tensor: Tensor) -> Tensor:
+def rows(tensor: Tensor | None) -> Tensor:
     """A parameter as rows that lie in memory one after the other: W_enc is a transposed view."""
+    assert tensor is not None, "no gradient"
     if tensor.ndim == 1:
         return tensor[None]
     return tensor if tensor.is_contiguous() else tensor.T

@@ -180,10 +180,11 @@ def sparse_loss(
             whole.index_add_(0, index, part)
     if sae.apply_b_dec_to_input:
         to_b_dec -= to_b_enc @ W_enc
-    given = {sae.W_enc: to_W_enc.T, sae.b_enc: to_b_enc, sae.W_dec: to_W_dec, sae.b_dec: to_b_dec}
+    known = {sae.W_enc: to_W_enc.T, sae.b_enc: to_b_enc, sae.W_dec: to_W_dec, sae.b_dec: to_b_dec}
     if isinstance(sae.threshold, nn.Parameter):
-        given[sae.threshold] = to_threshold.new_zeros(d_sae).index_add_(0, latents, to_threshold)
-    return _Given.apply(total, list(given.values()), *given), errors, auxiliary.detach(), sparsity.detach()
+        assert to_threshold is not None
+        known[sae.threshold] = to_threshold.new_zeros(d_sae).index_add_(0, latents, to_threshold)
+    return _Given.apply(total, list(known.values()), *known), errors, auxiliary.detach(), sparsity.detach()
 
 
 def sparse_errors(
@@ -217,8 +218,8 @@ def _local(
     if sae.sparsity == "jumprelu":
         leaves["threshold"] = sae.threshold.detach()[code.latents].requires_grad_()
     with torch.enable_grad():
-        u, each_norm = leaves["u"], None if norm is None else norm[code.latents]
-        scaled = u if each_norm is None or not sae.rescale_acts_by_decoder_norm else u * each_norm
+        u, each_norm = leaves["u"], code.u.new_ones(()) if norm is None else norm[code.latents]
+        scaled = u * each_norm if sae.rescale_acts_by_decoder_norm else u
         acts = _acts(sae, scaled, leaves.get("threshold"))
         coefficient = acts / each_norm if sae.rescale_acts_by_decoder_norm else acts
         if sae.sparsity == "jumprelu":
@@ -242,7 +243,7 @@ def _auxiliary(
 
     The dead rows are copied out first, so that their gradients are no larger than they are.
     """
-    total, to_left, to_dead = h.new_zeros(()), {}, []
+    total, to_left, to_dead = h.new_zeros(()), dict[int, Tensor](), list[tuple[Tensor, ...]]()
     if dead is None or not aux.coefficient > 0:
         return total, to_left, to_dead
     spans = enumerate(pairwise([0, *widths])) if aux.per_level else [(len(widths) - 1, (0, sae.d_sae))]
