@@ -19,7 +19,7 @@ from torch import Tensor
 
 from msae.data import shards as shards_module
 from msae.data.harvest import directory_of, harvest
-from msae.data.shards import MANIFEST, Shards
+from msae.data.shards import MANIFEST, Shards, quantise
 from msae.data.source import Chunk, Source, Split
 from msae.data.synthetic import TreeSource
 
@@ -78,11 +78,23 @@ class TextLike:
         return None
 
 
+class TextLike8(TextLike):
+    """The same in int8."""
+
+    name = "textlike8"
+
+    def split(self, generator: torch.Generator, rows: int) -> Split:
+        split = super().split(generator, rows)
+        for hook, x in split.activations.items():
+            split.activations[hook], split.scales[hook] = quantise(x)
+        return split
+
+
 def tree() -> TreeSource:
     return TreeSource(rows=50, val_rows=10, chunk_rows=20)
 
 
-MAKERS: dict[str, Callable[[], Source]] = {"text": TextLike, "tree": tree}
+MAKERS: dict[str, Callable[[], Source]] = {"text": TextLike, "int8": TextLike8, "tree": tree}
 both = pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
 
 

@@ -1,11 +1,14 @@
 """The language-model source: rows against transformers, splits, resuming, and what it refuses."""
 
+import gc
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +16,14 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from msae.data import harvest as writing
+from msae.data import language_model, text
 from msae.data.bridge import capture, load_bridge
 from msae.data.datamodule import ActivationData
 from msae.data.language_model import LanguageModelSource
+from msae.data.shards import MANIFEST, quantise
 from msae.data.source import Source
 from tests.tiny_lm import sentences, tiny_model, tiny_tokenizer
 
@@ -194,8 +201,164 @@ def test_dtypes_and_compatibility_mode(files):
         name = str(dtype).removeprefix("torch.")
         stored = harvest(source(files, tokens=100, dtype=name))[0].splits["train"].activations[RESID]
         assert torch.equal(stored, x.to(dtype))
+        assert not harvest(source(files, tokens=100, dtype=name))[0].splits["train"].scales
         run = harvest(source(files, tokens=100, model_dtype=name))[0].splits["train"].activations[RESID]
         torch.testing.assert_close(run, x, atol=0.1, rtol=0.1)
+
+
+def test_int8_rows_have_scales_in_the_same_slots(files, tmp_path):
+    exact, small = source(files), source(files, dtype="int8")
+    rows, opened = (writing.harvest(s, tmp_path, show=False)[RESID] for s in (exact, small))
+    assert small.bytes_per_row(RESID) == exact.bytes_per_row(RESID) - 3 * 32 + 4
+    for split in ("train", "val"):
+        for i in range(len(rows.rows(split))):
+            x, found = rows.activations(split, i), opened.activations(split, i)
+            half_a_step = x.abs().amax(1, keepdim=True) / 127 / 2
+            assert ((x - found).abs() <= half_a_step * 1.001).all()
+            assert not torch.equal(x, found)
+            q, scales = quantise(x)
+            assert torch.equal(found, q * scales[:, None])
+            assert torch.equal(rows.index(split, i)["position"], opened.index(split, i)["position"])
+
+
+def test_what_is_dropped_may_overflow(files, tmp_path):
+    """BOS is where activations are largest, and its rows are not stored."""
+    shutil.copytree(files / "Tiny LM", tmp_path / "sink")
+    weights = load_file(tmp_path / "sink" / "model.safetensors")
+    weights["transformer.wte.weight"][0] = 1e6
+    save_file(weights, tmp_path / "sink" / "model.safetensors", metadata={"format": "pt"})
+    given = {"hook_names": ["blocks.0.hook_resid_pre"], "dtype": "float16"}
+    plain, sink = (harvest(source(files, model=str(m), **given)) for m in (files / "Tiny LM", tmp_path / "sink"))
+    for a, b in zip(plain, sink, strict=True):
+        assert torch.equal(*(c.splits["train"].activations[given["hook_names"][0]] for c in (a, b)))
+
+
+def test_batches_without_a_token_to_keep(files, tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(["the cat sat on a mat", "<|x|>" * 100, *sentences(20)]))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|x|>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path)
+    given = {"text": str(tmp_path / "text.txt"), "tokenizer": str(tmp_path), "val_fraction": 0, "tokens": 200}
+    (single, *_), (eight, *_) = (harvest(source(files, model_batch=n, **given)) for n in (1, 8))
+    assert (single.splits["train"].index["tokens"][1:4] == len(tokenizer) - 1).sum() > 40
+    assert torch.equal(single.splits["train"].index["position"], eight.splits["train"].index["position"])
+    torch.testing.assert_close(*(c.splits["train"].activations[RESID] for c in (single, eight)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_rows_copied_while_the_gpu_computes_are_those_of_the_cpu(files):
+    names = ["blocks.0.mlp.hook_post", RESID]
+    for a, b in zip(*(harvest(source(files, hook_names=names, device=d)) for d in ("cpu", "cuda")), strict=True):
+        for split in a.splits:
+            for name in names:
+                x, y = (c.splits[split].activations[name] for c in (a, b))
+                torch.testing.assert_close(x, y, atol=1e-2, rtol=1e-2)
+
+
+# ---- what runs at the same time
+
+
+def test_a_chunk_is_written_while_the_model_runs_and_never_two(files, tmp_path, monkeypatch):
+    """Chunk n is not written before the forward passes of chunk n + 1 began; those of n + 2 wait for it."""
+    began, whole, real = [threading.Event() for _ in range(99)], [], writing.write_chunk
+    forward, number = language_model.LanguageModelSource._harvest, iter(range(99))
+
+    def make(self, *given):
+        now = next(number)
+        began[now].set()
+        assert len(whole) >= now - 1, "two chunks wait to be written"
+        return forward(self, *given)
+
+    def write(directory, now, *given):
+        assert threading.current_thread() is not threading.main_thread()
+        if now < last:
+            assert began[now + 1].wait(30), "the model waits for the disk"
+        whole.append(now)
+        return real(directory, now, *given)
+
+    monkeypatch.setattr(writing, "spare_core", lambda: True)
+    last = len(harvest(source(files))) - 1
+    monkeypatch.setattr(language_model.LanguageModelSource, "_harvest", make)
+    monkeypatch.setattr(writing, "write_chunk", write)
+    writing.harvest(source(files), tmp_path, show=False)
+    assert whole == list(range(last + 1))
+    assert last > 2
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_disk_that_fails_stops_the_model_at_the_next_chunk(beside, files, tmp_path, monkeypatch):
+    made, forward = [], language_model.LanguageModelSource._harvest
+
+    def make(self, *given):
+        made.append(1)
+        return forward(self, *given)
+
+    def fail(*_):
+        raise ValueError("cannot write it; free space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "spare_core", lambda: beside)
+        patch.setattr(language_model.LanguageModelSource, "_harvest", make)
+        patch.setattr(writing, "write_chunk", fail)
+        with pytest.raises(ValueError, match=r"^cannot write it; free space$"):
+            writing.harvest(source(files), tmp_path, show=False)
+    assert len(made) == 1 + beside
+    assert not list(tmp_path.rglob("*.safetensors")) + list(tmp_path.rglob(MANIFEST))
+    writing.harvest(source(files), tmp_path, show=False)
+
+
+def test_a_model_that_fails_leaves_what_was_written(files, tmp_path, monkeypatch):
+    whole = writing.harvest(source(files), tmp_path / "whole", show=False)[RESID]
+    forward, made = language_model.LanguageModelSource._harvest, []
+
+    def make(self, *given):
+        made.append(1)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return forward(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(language_model.LanguageModelSource, "_harvest", make)
+        with pytest.raises(KeyboardInterrupt):
+            writing.harvest(source(files), tmp_path / "cut", show=False)
+    directory = tmp_path / "cut" / whole.directory.name
+    assert {p.name for p in directory.glob("chunk-*")} == {"chunk-00000.json", "chunk-00001.json"}
+    writing.harvest(source(files), tmp_path / "cut", show=False)
+    for path in whole.directory.glob("*[!k]"):  # all but .lock
+        assert path.read_bytes() == (directory / path.name).read_bytes(), path.name
+
+
+def test_the_source_lets_go_of_a_chunk_that_was_taken(files):
+    chunks = source(files).chunks(None)
+    rows = weakref.ref(next(chunks).splits["train"].activations[RESID])
+    gc.collect()
+    assert rows() is None
+    chunks.close()
+
+
+def test_rows_that_are_not_finite_are_seen_before_the_chunk_is_done(files, tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(language_model, "capture", lambda *given: runs.append(1) or capture(*given))
+    nan = tiny_model(tmp_path / "nan", scale=float("nan"))
+    refuses(source(files, model=str(nan), model_batch=1), "NaN or Inf in the model")
+    assert len(runs) == 2  # a batch is looked at while the next one runs
+
+
+def test_without_a_core_to_spare_nothing_runs_beside_the_model(files, tmp_path, monkeypatch):
+    threads, real = set(), writing.write_chunk
+
+    def write(*given):
+        threads.add(threading.current_thread())
+        return real(*given)
+
+    beside = writing.harvest(source(files), tmp_path / "beside", show=False)[RESID].directory
+    monkeypatch.setattr(text, "spare_core", lambda: False)
+    monkeypatch.setattr(writing, "spare_core", lambda: False)
+    monkeypatch.setattr(text, "ThreadPoolExecutor", None)
+    monkeypatch.setattr(writing, "write_chunk", write)
+    alone = writing.harvest(source(files), tmp_path / "alone", show=False)[RESID].directory
+    assert threads == {threading.main_thread()}
+    assert {p.name: p.read_bytes() for p in beside.iterdir()} == {p.name: p.read_bytes() for p in alone.iterdir()}
 
 
 # ---- identity
@@ -237,7 +400,7 @@ def test_identity_is_content_not_name(files, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dtype": "float17"}, r"data\.source\.dtype=float17 is unknown; choose float16, bfloat16, float32"),
+        ({"dtype": "float17"}, r"data\.source\.dtype=float17 is unknown; choose float16, bfloat16, float32, int8"),
         ({"model_dtype": "int8"}, r"data\.source\.model_dtype=int8 is unknown"),
         ({"tokens": 0}, r"data\.source\.tokens=0"),
         ({"context": 1}, r"data\.source\.context=1 "),
@@ -378,7 +541,9 @@ def test_overflow_and_nan(files, tmp_path):
     )
     assert harvest(source(files, model=str(big), dtype="bfloat16"))
     nan = tiny_model(tmp_path / "nan", scale=float("nan"))
-    refuses(source(files, model=str(nan)), RESID, "NaN or Inf in the model", r"data\.source\.model_dtype=float32")
+    for dtype in ("float32", "int8"):
+        message = [RESID, "NaN or Inf in the model", r"data\.source\.model_dtype=float32"]
+        refuses(source(files, model=str(nan), dtype=dtype), *message)
 
 
 def test_loading_is_quiet(files, capfd):

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import threading
 import time
 
@@ -17,6 +18,7 @@ from msae.data.text import (
     hub_reachable,
     in_val,
     keep_mask,
+    one_ahead,
     special_ids,
     text_identity,
     token_chunks,
@@ -325,6 +327,49 @@ def test_resuming_gives_the_same_sequences(monkeypatch, batch_characters):
             assert torch.equal(a.train, b.train)
             assert torch.equal(a.val, b.val)
             assert a.state == b.state
+
+
+def test_one_ahead_gives_the_same_items_and_makes_the_next_meanwhile(monkeypatch):
+    monkeypatch.setattr(text_module, "spare_core", lambda: True)
+    made = [threading.Event() for _ in range(5)]
+
+    def items():
+        for number, event in enumerate(made):
+            event.set()
+            yield number
+
+    found = []
+    for number in one_ahead(items()):
+        found.append(number)
+        if number < 4:
+            assert made[number + 1].wait(10), "the next item is not being made"
+        assert not any(event.is_set() for event in made[number + 2 :]), "more than one ahead"
+    assert found == list(range(5))
+    assert list(one_ahead(iter(()))) == []
+
+
+@pytest.mark.parametrize("spare", [False, True])
+def test_one_ahead_raises_after_what_came_before(spare, monkeypatch):
+    monkeypatch.setattr(text_module, "spare_core", lambda: spare)
+
+    def items():
+        yield from (1, 2)
+        raise ValueError("no more text")
+
+    found = []
+    with pytest.raises(ValueError, match=r"^no more text$"):  # noqa: PT012 (what came before is part of it)
+        for number in one_ahead(items()):
+            found.append(number)
+    assert found == [1, 2]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs sched_getaffinity")
+def test_a_core_is_free_when_torch_uses_fewer_or_a_gpu_computes(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 5, 7})
+    for gpu, threads, free in ((False, 4, False), (False, 8, False), (False, 3, True), (True, 4, True)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert text_module.spare_core() == free
 
 
 def test_too_little_text():

@@ -1,18 +1,23 @@
 """Batches from shards: every row once an epoch, mixed across shards, any batch computable from its number alone."""
 
-import threading
-from collections.abc import Callable, Iterator
-from queue import Empty, Full, Queue
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from itertools import groupby, islice
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from msae.data.seeds import stream
-from msae.data.shards import Shards
+from msae.data.shards import Shards, Stored, take
 
 Batch = Tensor | tuple[Tensor, Tensor]  # x, or (x, y) where there is a target y
-Item = TypeVar("Item")
+Pool = tuple[int, int]  # epoch, number in it
+Job = list[tuple[Future[list[Stored]], Tensor]]  # parts of a batch: a pool's rows (and the target's), those to take
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 def as_pair(batch: Batch, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,57 +64,76 @@ class RowOrder:
     An epoch is a seeded permutation of blocks of `block` neighbouring rows; `pool` blocks at a time (from all over the
     shards) have their rows permuted together. Epochs follow one another without a gap, so every row comes exactly
     once an epoch whatever the batch size, and `rows(start, stop)` is a pure function of (seed, start, stop).
+
+    Of the pairs of rows in a batch, 1 in `pool` is from one block, and so may be from one text; what is read at once
+    from a disk is `block` rows; what is held in memory is some pools. benchmarks/reader.py measures their worth.
     """
 
-    def __init__(self, shard_rows: list[int], seed: int, block: int = 256, pool: int = 64) -> None:
-        self.total = sum(shard_rows)
-        self.seed, self.pool = seed, pool
-        starts, stops, first = [], [], 0
-        for rows in shard_rows:  # blocks never straddle shards: the last block of a shard may be shorter
-            edges = torch.arange(0, rows, block)
-            starts.append(first + edges)
-            stops.append(first + (edges + block).clamp_max(rows))
-            first += rows
-        self.starts, self.stops = torch.cat(starts), torch.cat(stops)
-        self._epoch = -1
-        self._pool_key = (-1, -1)
+    def __init__(self, shard_rows: list[int], seed: int, block: int = 128, pool: int = 256) -> None:
+        self.seed, self.block, self.pool = seed, block, pool
+        sizes = torch.tensor([0, *shard_rows])
+        self._first = sizes.cumsum(0)  # first row of each shard
+        self._first_block = (-(-sizes // block)).cumsum(0)  # blocks never straddle shards: the last may be shorter
+        self.total = int(self._first[-1])
+        # What the batches that follow need again:
+        self._epoch = lru_cache(2)(self._make_epoch)
+        self._shuffle = lru_cache(4)(self._make_shuffle)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Row numbers [stop − start] int64 at these places of the endless sequence."""
+        return torch.cat([numbered(*self.blocks(pool))[index] for pool, index in self.parts(start, stop)])
+
+    def parts(self, start: int, stop: int) -> list[tuple[Pool, Tensor]]:
+        """The pools that these places fall into, and which of the rows of its blocks in file order each one takes."""
         parts = []
         while start < stop:
             epoch, offset = divmod(start, self.total)
-            part = self._from_pool(epoch, offset)[: stop - start]
-            parts.append(part)
-            start += len(part)
-        return torch.cat(parts)
+            _, ends = self._epoch(epoch)
+            number = int(torch.searchsorted(ends, offset, right=True))
+            first = int(ends[number - 1]) if number else 0
+            index = self._shuffle(epoch, number, int(ends[number]) - first)[offset - first :][: stop - start]
+            parts.append(((epoch, number), index))
+            start += len(index)
+        return parts
 
-    def _from_pool(self, epoch: int, offset: int) -> Tensor:
-        """The rest, from `offset` rows into the epoch, of the pool that this place falls into."""
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = torch.randperm(len(self.starts), generator=stream(self.seed, "blocks", epoch))
-            sizes = (self.stops - self.starts)[self._order]
-            self._ends = sizes.cumsum(0)[self.pool - 1 :: self.pool].contiguous()
-            if len(self._ends) == 0 or self._ends[-1] < self.total:
-                self._ends = torch.cat([self._ends, torch.tensor([self.total])])
-        number = int(torch.searchsorted(self._ends, offset, right=True))
-        if (epoch, number) != self._pool_key:
-            self._pool_key = (epoch, number)
-            blocks = self._order[number * self.pool : (number + 1) * self.pool].tolist()
-            rows = torch.cat([torch.arange(int(self.starts[b]), int(self.stops[b])) for b in blocks])
-            shuffle = torch.randperm(len(rows), generator=stream(self.seed, "rows", epoch, number))
-            self._rows = rows[shuffle]
-        first = int(self._ends[number - 1]) if number else 0
-        return self._rows[offset - first :]
+    def blocks(self, pool: Pool) -> tuple[Tensor, Tensor]:
+        """First row, and the one after the last, of each block of a pool, in file order."""
+        epoch, number = pool
+        order, _ = self._epoch(epoch)
+        return self._spans(order[number * self.pool : (number + 1) * self.pool].sort().values)
+
+    def _spans(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        shard = torch.searchsorted(self._first_block, blocks, right=True) - 1
+        starts = self._first[shard] + (blocks - self._first_block[shard]) * self.block
+        return starts, (starts + self.block).minimum(self._first[shard + 1])
+
+    def _make_epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """The epoch's blocks in their order, and how many of its rows stand in each pool and the ones before it."""
+        order = torch.randperm(int(self._first_block[-1]), generator=stream(self.seed, "blocks", epoch))
+        starts, stops = self._spans(order)
+        places = (stops - starts).cumsum(0)
+        return order, torch.cat([places[self.pool - 1 : -1 : self.pool], places[-1:]])
+
+    def _make_shuffle(self, epoch: int, number: int, rows: int) -> Tensor:
+        return torch.randperm(rows, generator=stream(self.seed, "rows", epoch, number))
+
+
+def numbered(starts: Tensor, stops: Tensor) -> Tensor:
+    """The numbers of all rows of blocks start … stop."""
+    sizes = stops - starts
+    return torch.arange(int(sizes.sum())) + (starts - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
 
 
 class TrainBatches:
-    """Training batches [batch_tokens, d_in] of one rank, prefetched by a thread, resumable at any batch.
+    """Training batches [batch_tokens, d_in] of one rank, prefetched by `threads`, resumable at any batch.
 
     Batch b of rank r holds places (b·world + r)·batch_tokens … of the row order, so ranks never overlap. The state is
     {epoch, position} of the next batch, the same on every rank. `length` is the number of batches until training ends.
     With `target` shards of the same rows, batches are pairs (x [batch_tokens, d_in], y [batch_tokens, d_out]).
+
+    A thread reads the next pool of rows from disk while `threads` copy batches out of this one and the training works,
+    so memory is that of up to four pools (`RowOrder`), whatever the size of the data. Ranks read the same pools: from
+    disk once on each machine, from the page cache each.
     """
 
     def __init__(
@@ -123,6 +147,7 @@ class TrainBatches:
         prefetch: int = 4,
         *,
         target: Shards | None = None,
+        threads: int = 2,
     ) -> None:
         sizes = shards.rows("train")
         if sum(sizes) < batch_tokens * world:
@@ -133,35 +158,56 @@ class TrainBatches:
         if target is not None:
             check_same_rows(shards, target)
         self.shards, self.target, self.batch_tokens, self.length = shards, target, batch_tokens, length
-        self.seed, self.rank, self.world, self.prefetch = seed, rank, world, prefetch
+        self.seed, self.rank, self.world, self.prefetch, self.threads = seed, rank, world, prefetch, threads
         self.order = RowOrder(sizes, seed)
-        self.first = torch.tensor([0, *sizes]).cumsum(0)  # first row number of each shard
         self.position = 0  # batches consumed
 
     def __len__(self) -> int:
         return self.length
 
     def batch(self, number: int) -> Batch:
-        """Batch `number` of this rank, in the storage dtype; rows within it stand in file order (a batch is a set)."""
-        start = (number * self.world + self.rank) * self.batch_tokens
-        rows = self.order.rows(start, start + self.batch_tokens).sort().values
-        counts = torch.searchsorted(rows, self.first)
-        spans = list(zip(self.first.tolist(), counts.tolist(), counts[1:].tolist(), strict=False))
-
-        def gather(shards: Shards) -> Tensor:
-            parts = [
-                shards.activations("train", shard)[rows[a:b] - first]
-                for shard, (first, a, b) in enumerate(spans)
-                if b > a
-            ]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-        return from_both(gather, self.shards, self.target)
+        """Batch `number` of this rank, as `Shards.dtype`. Reads all of the pools that it takes its rows from."""
+        with ThreadPoolExecutor(1) as reader:
+            return self._take([(reader.submit(self._read, pool), index) for pool, index in self._parts(number)])
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in prefetched((self.batch(n) for n in range(self.position, self.length)), self.prefetch):
-            self.position += 1
-            yield batch
+        with ThreadPoolExecutor(1, "msae-prefetch") as reader:
+            for batch in prefetched(self._take, self._jobs(reader), self.prefetch, self.threads):
+                self.position += 1
+                yield batch
+
+    def _parts(self, number: int) -> list[tuple[Pool, Tensor]]:
+        start = (number * self.world + self.rank) * self.batch_tokens
+        return self.order.parts(start, start + self.batch_tokens)
+
+    def _jobs(self, reader: ThreadPoolExecutor) -> Iterator[Job]:
+        """For every batch to come the pools, being read, and which of their rows it takes."""
+        numbers = range(self.position, self.length)
+        wanted = (pool for pool, _ in groupby(pool for number in numbers for pool, _ in self._parts(number)))
+        reading = (reader.submit(self._read, pool) for pool in wanted)
+        ahead, held = deque(islice(reading, 1)), None
+        for number in numbers:
+            job: Job = []
+            for pool, index in self._parts(number):
+                if pool != held:
+                    ahead.extend(islice(reading, 1))
+                    held, stored = pool, ahead.popleft()
+                job.append((stored, index))
+            yield job
+
+    def _read(self, pool: Pool) -> list[Stored]:
+        both = [self.shards] if self.target is None else [self.shards, self.target]
+        return [shards.read("train", *self.order.blocks(pool)) for shards in both]
+
+    def _take(self, job: Job) -> Batch:
+        def gather(shards: Shards, which: int) -> Tensor:
+            out = torch.empty(self.batch_tokens, shards.d_in, dtype=shards.dtype)
+            for (stored, index), block in zip(job, out.split([len(index) for _, index in job]), strict=True):
+                take(stored.result()[which], index, block)
+            return out
+
+        x = gather(self.shards, 0)
+        return x if self.target is None else (x, gather(self.target, 1))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch starts, and what that place depends on."""
@@ -183,6 +229,7 @@ class TrainBatches:
             "batch_tokens": self.batch_tokens,
             "world_size": self.world,
             "data_seed": self.seed,
+            "row_order": f"{self.order.block}x{self.order.pool}",
             "shards": self.shards.manifest["identity_hash"],
         }
         return fixed if self.target is None else {**fixed, "target": self.target.manifest["identity_hash"]}
@@ -215,9 +262,9 @@ class ValBatches:
             check_same_rows(shards, target)
         self.shards, self.target, self.batch_tokens, self.tokens = shards, target, batch_tokens, stop - start
         spans, first = [], 0
-        for shard, size in enumerate(sizes):
+        for size in sizes:
             low, high = max(0, start - first), min(size, stop - first)
-            spans += [(shard, a, min(a + batch_tokens, high)) for a in range(low, high, batch_tokens)]
+            spans += [(first + a, first + min(a + batch_tokens, high)) for a in range(low, high, batch_tokens)]
             first += size
         self.spans = spans[rank::world]
 
@@ -225,48 +272,28 @@ class ValBatches:
         return len(self.spans)
 
     def __iter__(self) -> Iterator[Batch]:
-        return prefetched((self._batch(*span) for span in self.spans), 2)
+        return prefetched(self._batch, self.spans, 2)
 
-    def _batch(self, shard: int, a: int, b: int) -> Batch:
-        return from_both(lambda shards: shards.activations("val", shard)[a:b].clone(), self.shards, self.target)
+    def _batch(self, span: tuple[int, int]) -> Batch:
+        start, stop = (torch.tensor([place]) for place in span)
+
+        def read(shards: Shards) -> Tensor:
+            out = torch.empty(int(stop - start), shards.d_in, dtype=shards.dtype)
+            take(shards.read("val", start, stop), torch.arange(len(out)), out)
+            return out
+
+        return from_both(read, self.shards, self.target)
 
 
-def prefetched(items: Iterator[Item], depth: int) -> Iterator[Item]:
-    """The same items, made ahead by one thread; its errors are raised here, and it ends when the consumer does."""
-    queue: Queue[tuple[Item | None, BaseException | None]] = Queue(maxsize=depth)
-    stop = threading.Event()
-
-    def put(item: tuple[Item | None, BaseException | None]) -> None:
-        while not stop.is_set():
-            try:
-                return queue.put(item, timeout=0.1)
-            except Full:
-                continue
-
-    def work() -> None:
+def prefetched(make: Callable[[Given], Made], given: Iterable[Given], depth: int, threads: int = 1) -> Iterator[Made]:
+    """make(g) for each g, in order, made up to `depth` ahead by threads, whose errors are raised here."""
+    rest, made = iter(given), deque[Future[Made]]()
+    with ThreadPoolExecutor(threads, "msae-prefetch") as executor:
         try:
-            for item in items:
-                if stop.is_set():
-                    return
-                put((item, None))
-            put((None, None))
-        except BaseException as error:  # handed to the consumer
-            put((None, error))
-
-    thread = threading.Thread(target=work, daemon=True, name="msae-prefetch")
-    thread.start()
-    try:
-        while True:
-            try:
-                item, error = queue.get(timeout=10)
-            except Empty:
-                assert thread.is_alive(), "the prefetch thread died without a word"
-                continue
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        stop.set()
-        thread.join()
+            made.extend(executor.submit(make, g) for g in islice(rest, depth))
+            while made:
+                made.extend(executor.submit(make, g) for g in islice(rest, 1))
+                yield made.popleft().result()
+        finally:  # not by shutdown(cancel_futures=True), which fails when the interpreter ends
+            for future in made:
+                future.cancel()

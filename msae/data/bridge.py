@@ -18,11 +18,11 @@ TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "added_tokens.json
 PROBE_TOKENS = 7  # few, and no usual number of heads: [batch, head, …] is not taken for [batch, pos, …]
 
 
-def torch_dtype(name: str, key: str) -> torch.dtype:
+def torch_dtype(name: str, key: str, among: dict[str, torch.dtype] = DTYPES) -> torch.dtype:
     """The dtype of a name. Raises ValueError that names the setting `key` for an unknown one."""
-    if name not in DTYPES:
-        raise ValueError(f"{key}={name} is unknown; choose {', '.join(DTYPES)}")
-    return DTYPES[name]
+    if name not in among:
+        raise ValueError(f"{key}={name} is unknown; choose {', '.join(among)}")
+    return among[name]
 
 
 def pick_device(device: str) -> torch.device:

@@ -4,11 +4,13 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,6 +21,7 @@ from msae.data.shards import (
     TRUTH,
     VERSION,
     Shards,
+    dequantise,
     identity_hash,
     read_manifest,
     shard_name,
@@ -28,6 +31,7 @@ from msae.data.shards import (
     write_shard,
 )
 from msae.data.source import Chunk, Source
+from msae.data.text import spare_core
 from msae.progress import progress
 
 GB = 1e9
@@ -119,31 +123,47 @@ def locked(directories: list[Path]) -> Iterator[None]:
 
 
 def write_chunks(source: Source, directories: dict[str, Path], show: bool) -> None:
-    """Write what is missing, chunk by chunk, then truth and manifest."""
+    """Write what is missing, chunk by chunk, then truth and manifest.
+
+    If a core is free for that, a chunk is written in a thread while the source makes the next one; what writing raises
+    is then raised here when the next one is made.
+    """
     for directory in directories.values():
         for stale in directory.glob("*.tmp"):
             stale.unlink()
     records: dict[str, list[dict[str, Any]]] = {hook: [] for hook in directories}
     state: dict[str, Any] | None = None
     chunks: Iterator[Chunk] | None = None
-    with progress(source.expected_rows(), f"harvest {source.name}", disable=not show) as bar:
+    writing: Future[dict[str, dict[str, Any]]] | None = None  # never more than one, so that memory is bounded
+
+    def add(written: dict[str, dict[str, Any]]) -> None:
+        for hook, record in written.items():
+            records[hook].append(record)
+        bar.update(sum(entry["rows"] for entry in record["shards"]))
+
+    with (
+        progress(source.expected_rows(), f"harvest {source.name}", disable=not show) as bar,
+        ThreadPoolExecutor(1, "write") as thread,
+    ):
         for number in count():
-            found = {hook: read_record(d, number) for hook, d in directories.items()}
-            if all(found.values()):
-                chunks = None  # the chunks that are there are skipped, the source goes on after them
+            chunk, found = None, {hook: read_record(d, number) for hook, d in directories.items()}
+            there = next(iter(found.values()))
+            if there is not None and all(found.values()):
+                chunks, state = None, there["state"]  # what is there is skipped, the source goes on after it
             else:
                 chunks = source.chunks(state) if chunks is None else chunks
                 chunk = next(chunks, None)
                 if chunk is None:
                     break
-                for hook, directory in directories.items():
-                    found[hook] = found[hook] or write_chunk(directory, number, hook, chunk)
-            record = next(iter(found.values()))
-            assert record is not None
-            state = record["state"]
-            bar.update(sum(entry["rows"] for entry in record["shards"]))
-            for hook in directories:
-                records[hook].append(found[hook])  # type: ignore[arg-type]
+            if writing is not None:
+                add(writing.result())
+            if spare_core():
+                writing = thread.submit(write_missing, directories, number, found, chunk)
+            else:
+                writing = None
+                add(write_missing(directories, number, found, chunk))
+        if writing is not None:
+            add(writing.result())
         if show and bar.n < source.expected_rows():
             bar.total = bar.n
     truth = source.truth()
@@ -155,15 +175,38 @@ def write_chunks(source: Source, directories: dict[str, Path], show: bool) -> No
         write_json(directory / MANIFEST, manifest)
 
 
+def write_missing(
+    directories: dict[str, Path], number: int, found: dict[str, dict[str, Any] | None], chunk: Chunk | None
+) -> dict[str, dict[str, Any]]:
+    """The records of a chunk, those that were found and, for the hooks without one, of what is written now."""
+    records = {}
+    for hook, directory in directories.items():
+        record = found[hook]
+        if record is None:
+            assert chunk is not None, f"chunk {number} of {hook} was neither found nor made"
+            record = write_chunk(directory, number, hook, chunk)
+        records[hook] = record
+    return records
+
+
 def write_chunk(directory: Path, number: int, hook_name: str, chunk: Chunk) -> dict[str, Any]:
     """Write one chunk's shards, then its record: a chunk without a record does not count."""
     record: dict[str, Any] = {"shards": [], "state": chunk.state, "sum": None, "sum_square": 0.0}
     for split, rows in chunk.splits.items():
-        activations = rows.activations[hook_name]
+        activations, scales = rows.activations[hook_name], rows.scales.get(hook_name)
+        tensors = {"activations": activations, **rows.index}
+        assert (scales is not None) == (activations.dtype == torch.int8), "scales go with int8 rows, and only with them"
+        if scales is not None:
+            if not scales.isfinite().all():
+                raise ValueError(
+                    f"{hook_name} has rows with NaN or Inf, which int8 cannot hold; "
+                    "set data.source.model_dtype=float32, or check the model's weights"
+                )
+            tensors["scales"] = scales
         record["dtype"], record["d_in"] = str(activations.dtype).removeprefix("torch."), activations.shape[1]
-        record["shards"].append(write_shard(directory, split, number, {"activations": activations, **rows.index}))
+        record["shards"].append(write_shard(directory, split, number, tensors))
         if split == "train":
-            total, square = sums(activations)
+            total, square = sums(activations, scales)
             record["sum"], record["sum_square"] = total.tolist(), square
     write_json(directory / record_name(number), record)
     return record
@@ -183,12 +226,13 @@ def read_record(directory: Path, number: int) -> dict[str, Any] | None:
         return None  # missing or damaged: the chunk is made again
 
 
-def sums(activations: Tensor, rows: int = 8192) -> tuple[Tensor, float]:
-    """Σ x [d_in] and Σ‖x‖² in float64, in blocks that stay small."""
+def sums(activations: Tensor, scales: Tensor | None = None, rows: int = 8192) -> tuple[Tensor, float]:
+    """Σ x [d_in] and Σ‖x‖² in float64 of rows as they will be read, in blocks that stay small."""
     total = activations.new_zeros(activations.shape[1]).double()
     square = 0.0
-    for block in activations.split(rows):
-        exact = block.double()
+    for start in range(0, len(activations), rows):
+        block = activations[start : start + rows]
+        exact = (block if scales is None else dequantise(block, scales[start : start + rows])).double()
         total += exact.sum(0)
         square += float(exact.square().sum())
     return total, square
@@ -207,7 +251,7 @@ def make_manifest(source: Source, hook_name: str, records: list[dict[str, Any]])
     identity = source.identity(hook_name)
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if with_rows[0]["dtype"] == "int8" else 1,
         "identity_hash": identity_hash(identity),
         "identity": identity,
         "provenance": source.provenance(),

@@ -22,11 +22,13 @@ from msae.data.bridge import (
     torch_dtype,
 )
 from msae.data.seeds import stream
+from msae.data.shards import quantise
 from msae.data.source import Chunk, Split
 from msae.data.text import (
     TokenChunk,
     documents,
     keep_mask,
+    one_ahead,
     special_ids,
     text_identity,
     token_chunks,
@@ -34,6 +36,7 @@ from msae.data.text import (
 
 SETTINGS = ["context", "prepend_bos", "dtype", "model_dtype", "compatibility_mode", "text_field", "seed"]
 SETTINGS += ["tokens", "val_fraction", "val_tokens", "chunk_tokens", "model_batch"]
+STORED = {**DTYPES, "int8": torch.int8}  # int8 rows have a float32 scale each
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 
 
@@ -44,11 +47,11 @@ class LanguageModelSource:
     `msae.data.text.documents`. Documents are packed into sequences of `context` tokens, and attention reaches
     across the documents in a sequence. Rows at special tokens (BOS too) are dropped. Train has `tokens` rows,
     fewer if the text ends; val has at most `val_tokens` and at most its share, from a `val_fraction` of the
-    documents. Rows are stored as `dtype` and computed in `model_dtype`, `model_batch` sequences a forward. A
-    chunk is `chunk_tokens` tokens of train sequences; rows are shuffled within it. `compatibility_mode` folds
-    LayerNorm and centres the weights as the first TransformerLens did; without it activations are those of
-    transformers. Raises ValueError for impossible settings; the model, hooks and text are looked at only when
-    they are needed.
+    documents. Rows are stored as `dtype` (float32, float16, bfloat16, or int8 with a scale for each row: half the
+    disk) and computed in `model_dtype`, `model_batch` sequences a forward. A chunk is `chunk_tokens` tokens of train
+    sequences; rows are shuffled within it. `compatibility_mode` folds LayerNorm and centres the weights as the first
+    TransformerLens did; without it activations are those of transformers. Raises ValueError for impossible settings;
+    the model, hooks and text are looked at only when they are needed.
     """
 
     def __init__(
@@ -75,8 +78,8 @@ class LanguageModelSource:
         revision: str | None = None,
         compatibility_mode: bool = False,
     ) -> None:
-        for key, name in {"dtype": dtype, "model_dtype": model_dtype}.items():
-            torch_dtype(name, f"data.source.{key}")
+        torch_dtype(dtype, "data.source.dtype", STORED)
+        torch_dtype(model_dtype, "data.source.model_dtype")
         for key, number in (("tokens", tokens), ("model_batch", model_batch), ("chunk_tokens", chunk_tokens)):
             if number < 1:
                 raise ValueError(f"data.source.{key}={number} must be positive")
@@ -146,8 +149,8 @@ class LanguageModelSource:
         return self._widths[hook_name]
 
     def bytes_per_row(self, hook_name: str) -> int:
-        """The row itself, and int32 sequence, position and token."""
-        return self.d_in(hook_name) * DTYPES[self.dtype].itemsize + 3 * 4
+        """The row itself, its scale if it is int8, and int32 sequence, position and token."""
+        return self.d_in(hook_name) * STORED[self.dtype].itemsize + 4 * (self.dtype == "int8") + 3 * 4
 
     def truth(self) -> dict[str, Tensor] | None:
         """None: what features a language model has, nobody knows."""
@@ -177,10 +180,9 @@ class LanguageModelSource:
         )
         special = special_ids(tokenizer)
         try:
-            for number, chunk in enumerate(pass_over_text, start=done.get("chunk", 0)):
-                splits = self._harvest(bridge, chunk, special, done, number)
-                done = {**chunk.state, "chunk": number + 1}
-                yield Chunk(splits, done)
+            for number, chunk in enumerate(one_ahead(pass_over_text), start=done.get("chunk", 0)):
+                before, done = done, {**chunk.state, "chunk": number + 1}
+                yield Chunk(self._harvest(bridge, chunk, special, before, number), done)  # and no name keeps it alive
         finally:
             self._bridge = None  # training follows in the same process and wants the memory
 
@@ -231,28 +233,71 @@ class LanguageModelSource:
             # The last sequence may bring more than is wanted.
             keep &= (keep.flatten().cumsum(0) <= total - done.get(f"{split}_tokens", 0)).view_as(keep)
             slots = torch.randperm(int(keep.sum()), generator=stream(self.seed, "rows", number, split))
-            rows = self._forward(bridge, tokens, keep, slots)
+            rows, scales = self._forward(bridge, tokens, keep, slots)
             sequence, position = (place(i.int(), slots) for i in keep.nonzero(as_tuple=True))
-            splits[split] = Split(rows, {"sequence": sequence, "position": position, "tokens": tokens})
+            splits[split] = Split(rows, {"sequence": sequence, "position": position, "tokens": tokens}, scales)
         return splits
 
     @torch.no_grad()
-    def _forward(self, bridge: Any, tokens: Tensor, keep: Tensor, slots: Tensor) -> dict[str, Tensor]:
-        """Rows [kept, d_in] of each hook, row i of the text in slot i of `slots`, in the storage dtype."""
+    def _forward(
+        self, bridge: Any, tokens: Tensor, keep: Tensor, slots: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Of each hook rows [kept, d_in] in the storage dtype, row i of the text in slot i of `slots`; scales if int8.
+
+        On CUDA nothing waits for the batch that is being computed: tokens and indices are there before the first
+        one, and a batch is copied into pinned memory and looked at while the next one runs.
+        """
         assert self._widths is not None
-        dtype = DTYPES[self.dtype]
+        device, dtype = bridge.cfg.device, STORED[self.dtype]
         rows = {hook: torch.empty(len(slots), self._widths[hook], dtype=dtype) for hook in self.hook_names}
-        start = 0
-        for batch, kept in zip(tokens.split(self.model_batch), keep.split(self.model_batch), strict=True):
-            here = slots[start : start + int(kept.sum())]
-            start += len(here)
-            for hook, values in capture(bridge, batch, self.hook_names).items():
-                found = values[kept.to(values.device)].flatten(1)
-                stored = found.to(dtype)
-                if not stored.isfinite().all():
-                    raise ValueError(not_finite(hook, found, self.dtype, self.model_dtype))
-                rows[hook][here] = stored.cpu()
-        return rows
+        scales = {hook: torch.empty(len(slots)) for hook in self.hook_names} if dtype == torch.int8 else {}
+        kept = [int(k.sum()) for k in keep.split(self.model_batch)]
+        inside = (keep.flatten().nonzero()[:, 0] % keep[: self.model_batch].numel()).to(device)
+        computed: Computed | None = None
+        for batch, index, here in zip(
+            tokens.to(device).split(self.model_batch), inside.split(kept), slots.split(kept), strict=True
+        ):
+            if len(here) == 0:
+                continue
+            before, computed = computed, Computed(capture(bridge, batch, self.hook_names), index, here, dtype)
+            if before is not None:
+                self._place(before, rows, scales)
+        assert computed is not None, "a split without a token to keep was refused"
+        self._place(computed, rows, scales)
+        return rows, scales
+
+    def _place(self, computed: "Computed", rows: dict[str, Tensor], scales: dict[str, Tensor]) -> None:
+        """Put a batch's rows into their slots. Raises ValueError if one of them is not finite."""
+        for hook, (extremes, values, *scale) in computed.arrived().items():
+            held = extremes if values.dtype == torch.int8 else extremes.to(values.dtype)  # a scale holds all of them
+            if not held.isfinite().all():
+                raise ValueError(not_finite(hook, extremes, self.dtype, self.model_dtype))
+            rows[hook].index_copy_(0, computed.slots, values)
+            for found in scale:
+                scales[hook].index_copy_(0, computed.slots, found)
+
+
+class Computed:
+    """One batch's rows on their way to the host: of each hook their extremes, and they in the storage dtype."""
+
+    def __init__(self, captured: dict[str, Tensor], index: Tensor, slots: Tensor, dtype: torch.dtype) -> None:
+        self.slots = slots
+        self._event = torch.cuda.Event() if index.is_cuda else None
+        self._values = {}
+        for hook, values in captured.items():
+            found = values.flatten(0, 1).index_select(0, index).flatten(1)
+            stored = quantise(found) if dtype == torch.int8 else (found.to(dtype),)
+            # Two numbers tell all: a cast keeps order, so it overflows at the extremes if anywhere, and NaN spreads.
+            tensors = (torch.stack(found.aminmax()), *stored)
+            self._values[hook] = tuple(t.to("cpu", non_blocking=index.is_cuda) for t in tensors)  # pinned by to()
+        if self._event is not None:
+            self._event.record()
+
+    def arrived(self) -> dict[str, tuple[Tensor, ...]]:
+        """Hook → least and greatest value [2], rows [kept, d_in], and scales [kept] if int8, once all is copied."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values
 
 
 def place(values: Tensor, slots: Tensor) -> Tensor:

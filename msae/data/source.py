@@ -12,12 +12,14 @@ class Split:
     """The rows that one chunk of a harvest contributes to one split.
 
     activations: hook name → [rows, d_in] in the storage dtype, rows already shuffled across documents.
+    scales: hook name → [rows] float32 where the storage dtype is int8 (both from `msae.data.shards.quantise`).
     index: tensors written beside them in every shard; for text `sequence [rows] int32` (a row of `tokens` in the
     same shard), `position [rows] int32`, `tokens [n_seq, context] int32`. Empty for synthetic data.
     """
 
     activations: dict[str, Tensor]
     index: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Source(Protocol):
         ...
 
     def bytes_per_row(self, hook_name: str) -> int:
-        """Bytes that one row takes on disk."""
+        """Bytes that one row takes on disk, in int8 with the 4 of its scale."""
         ...
 
     def chunks(self, state: dict[str, Any] | None) -> Iterator[Chunk]:

@@ -2,16 +2,19 @@
 
 import difflib
 import glob
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
 from torch import Tensor
 
+T = TypeVar("T")
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -270,7 +273,7 @@ def in_val(index: int, seed: int, val_fraction: float) -> bool:
     return xxhash.xxh3_64_intdigest(f"{seed}/val/{index}".encode()) < val_fraction * 2**64
 
 
-def tokenised(texts: Iterable[str], tokenizer: Any, batch_characters: int = 1 << 20) -> Iterator[list[int]]:
+def tokenised(texts: Iterable[str], tokenizer: Any, batch_characters: int = 1 << 18) -> Iterator[list[int]]:
     """Token ids of each document; a batch is one call, which fast tokenizers run in parallel."""
 
     def flush(batch: list[str]) -> list[list[int]]:
@@ -362,6 +365,31 @@ def token_chunks(
     check_enough(count, context, val_fraction if val_tokens else 0.0)
     if ready["train"] or ready["val"]:
         yield chunk()
+
+
+def spare_core() -> bool:
+    """Whether a thread beside the model costs it nothing: a GPU computes, or not every core does.
+
+    On a CPU each operation ends when the slowest of torch's threads does: with a core fewer than threads, it waits.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return torch.cuda.is_available() or torch.get_num_threads() < cores
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made in a thread while the one before it is in use, if a core is free for that.
+
+    Raises what making an item raises, after the items before it.
+    """
+    if not spare_core():
+        yield from items
+        return
+    end = object()
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item  # type: ignore[misc]
 
 
 def check_enough(count: dict[str, int], context: int, val_fraction: float) -> None:

@@ -1,0 +1,211 @@
+"""Tokens/s of a harvest, writing included, against the bare forward pass that ends at the same layer.
+
+    python benchmarks/harvest.py [--model DIRECTORY --text FILE] [--layer 3] [--context 128 ...] [--model-batch 16 ...]
+    python benchmarks/harvest.py --fvu --model DIRECTORY --text FILE      what each storage dtype costs in FVU
+
+Without a model and a text, a random GPT-2-shaped model with a tokenizer and random words are made in place. Everything
+runs in each round, one after the other, and ratios are medians over the rounds. A harvest is timed from a loaded model
+to opened shards: opening the text, tokenising, forward passes, statistics, checksums, writing and syncing.
+"""
+
+import argparse
+import contextlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msae.data.bridge import capture, load_bridge
+from msae.data.harvest import harvest
+from msae.data.language_model import LanguageModelSource
+from msae.data.shards import Shards
+from msae.evaluation.reconstruction import reconstruction_metrics
+from msae.sae import load_sae
+from msae.training.memory import keep_freed_memory
+
+SAE = {  # what is trained by --fvu
+    "tokens": 300_000,
+    "data.batch_tokens": 1024,
+    "data.val_rows": 4096,
+    "model.d_sae": 1024,
+    "model.k": 32,
+    "model.lr": 1e-3,
+    "model.warmup_steps": 20,
+}
+
+
+def random_model(directory: Path) -> tuple[Path, Path]:
+    """A random GPT-2 (6 layers, width 256), a byte-level BPE tokenizer of 4096 tokens, and 2 MB of random words."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    generator = torch.Generator().manual_seed(0)
+    letters = [torch.randint(97, 123, (2 + i % 8,), generator=generator).tolist() for i in range(3000)]
+    words = [bytes(word).decode() for word in letters]
+    picks = (3000 ** torch.rand(300_000, generator=generator)).long() % 3000  # few words make most of a text
+    text = directory / "text.txt"
+    text.write_text("\n".join(" ".join(words[i] for i in line) for line in picks.split(200)))
+    trained = ByteLevelBPETokenizer()
+    trained.train([str(text)], vocab_size=4096, special_tokens=["<|endoftext|>"], show_progress=False)
+    end = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **end).save_pretrained(directory / "model")
+    sizes = {"n_embd": 256, "n_layer": 6, "n_head": 8, "n_positions": 1024, "vocab_size": 4096}
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(directory / "model")
+    return directory / "model", text
+
+
+def transformers_forward(model: str, layer: int, attention: str) -> Callable[[torch.Tensor], None]:
+    """transformers' own forward pass up to the input of a block, without hooks anywhere but there."""
+    from transformers import AutoModel
+
+    class Reached(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Reached
+
+    plain = AutoModel.from_pretrained(model, attn_implementation=attention, dtype=torch.float32).eval()
+    blocks = next(part for part in plain.children() if isinstance(part, torch.nn.ModuleList))
+    blocks[layer].register_forward_pre_hook(stop)
+
+    def forward(tokens: torch.Tensor) -> None:
+        with contextlib.suppress(Reached):
+            plain(tokens.long(), use_cache=False)
+
+    return forward
+
+
+def sequences(shards: Shards) -> list[torch.Tensor]:
+    """The token sequences [n, context] of every shard: what the model was run on."""
+    return [shards.index(split, i)["tokens"] for split in ("train", "val") for i in range(len(shards.rows(split)))]
+
+
+def measure(arguments: argparse.Namespace, root: Path, context: int, model_batch: int) -> None:
+    """Print the table of one context and model_batch."""
+    hook = f"blocks.{arguments.layer}.hook_resid_pre"
+
+    def timed_harvest(dtype: str, directory: Path) -> tuple[float, Shards]:
+        source = LanguageModelSource(**settings(arguments, hook, dtype, context, model_batch))
+        source.identity(hook)
+        source.d_in(hook)  # from here on the files are hashed and the model is loaded
+        start = time.perf_counter()
+        shards = harvest(source, directory, show=False)[hook]
+        return time.perf_counter() - start, shards
+
+    bridge = load_bridge(arguments.model, device="cpu")
+    opened = {d: timed_harvest(d, root / f"{context}-{model_batch}")[1] for d in arguments.dtypes}
+    batches = [b for tokens in sequences(next(iter(opened.values()))) for b in tokens.split(model_batch)]
+    computed = sum(batch.numel() for batch in batches)
+    forwards: dict[str, Callable[[torch.Tensor], object]] = {"bare forward": lambda b: capture(bridge, b, [hook])}
+    for attention in ("eager", "sdpa"):
+        forwards[f"transformers {attention}"] = transformers_forward(arguments.model, arguments.layer, attention)
+
+    seconds: dict[str, list[float]] = {name: [] for name in [*forwards, *opened]}
+    for _ in range(arguments.rounds):
+        for name, forward in forwards.items():
+            start = time.perf_counter()
+            with torch.no_grad():
+                for batch in batches:
+                    forward(batch)
+            seconds[name].append(time.perf_counter() - start)
+        for dtype in opened:
+            with tempfile.TemporaryDirectory(dir=root) as directory:
+                seconds[dtype].append(timed_harvest(dtype, Path(directory))[0])
+
+    rows = sum(sum(next(iter(opened.values())).rows(split)) for split in ("train", "val"))
+    print(
+        f"context {context}, model_batch {model_batch}, {hook}, {torch.get_num_threads()} threads: "
+        f"{rows:,} rows of {computed:,} tokens computed ({rows / computed:.2%})"
+    )
+    print(f"{'':>20}  tokens/s  ratio  bytes/row")
+    for name, times in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds["bare forward"], times, strict=True))
+        line = f"{name:>20}  {computed / statistics.median(times):8,.0f}  {ratio:5.3f}"
+        if name in opened:
+            line += f"  {sum(e['bytes'] for e in opened[name].manifest['shards']) / rows:9.1f}"
+        print(line)
+
+
+def settings(arguments: argparse.Namespace, hook: str, dtype: str, context: int, model_batch: int) -> dict[str, Any]:
+    return {
+        "model": str(arguments.model),
+        "text": str(arguments.text),
+        "hook_names": [hook],
+        "tokens": arguments.tokens,
+        "chunk_tokens": arguments.chunk_tokens,
+        "context": context,
+        "model_batch": model_batch,
+        "dtype": dtype,
+        "device": "cpu",
+    }
+
+
+def effect_on_fvu(arguments: argparse.Namespace, root: Path) -> None:
+    """Train the same SAE on the same rows in each storage dtype and measure each on the float32 rows held out."""
+    hook = f"blocks.{arguments.layer}.hook_resid_pre"
+    opened: dict[str, Shards] = {}
+    for dtype in dict.fromkeys(["float32", *arguments.dtypes]):
+        given = settings(arguments, hook, dtype, arguments.context[0], arguments.model_batch[0])
+        opened[dtype] = harvest(LanguageModelSource(**given), root / "shards", show=False)[hook]
+    exact = opened["float32"]
+    held_out = [exact.activations("val", i) for i in range(len(exact.rows("val")))]
+    variance = exact.mean_square - float(exact.mean.square().sum())
+    print(f"{hook}, {sum(exact.rows('train')):,} training rows, FVU of {sum(map(len, held_out)):,} held-out ones")
+    print(f"{'':>9}  storage E‖x−x̂‖²/Var  FVU with seed {'  '.join(map(str, range(arguments.seeds)))}")
+    for dtype, shards in opened.items():
+        error = sum(
+            float((shards.activations("train", i).double() - exact.activations("train", i).double()).square().sum())
+            for i in range(len(exact.rows("train")))
+        )
+        found = []
+        for seed in range(arguments.seeds):
+            run = root / f"{dtype}-{seed}"
+            given = settings(arguments, hook, dtype, arguments.context[0], arguments.model_batch[0])
+            command = [sys.executable, "-m", "msae.train", "data=language_model", f"run_dir={run}", f"seed={seed}"]
+            command += [f"++data.source.{key}={value}" for key, value in given.items()]
+            command += [f"{key}={value}" for key, value in {"data.root": root / "shards", **SAE}.items()]
+            subprocess.run(command, check=True, capture_output=True)
+            sae = load_sae(run / "sae")
+            fvu = reconstruction_metrics(sae, (b for x in held_out for b in x.split(4096)))
+            found.append(fvu[f"fvu/p{sae.d_sae}"])
+        print(
+            f"{dtype:>9}  {error / sum(exact.rows('train')) / variance:21.3e}  {'  '.join(f'{f:.5f}' for f in found)}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a directory made by save_pretrained, or a hub name")
+    parser.add_argument("--text", help="a .txt, .jsonl, .parquet or .arrow file")
+    parser.add_argument("--layer", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=131_072)
+    parser.add_argument("--chunk-tokens", type=int, default=16_384)
+    parser.add_argument("--context", type=int, nargs="+", default=[128])
+    parser.add_argument("--model-batch", type=int, nargs="+", default=[16])
+    parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16", "int8"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--fvu", action="store_true", help="measure what storage dtypes cost instead of speed")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings for each dtype with --fvu")
+    arguments = parser.parse_args()
+    keep_freed_memory()  # as training does; the forward pass gains most
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        if arguments.model is None or arguments.text is None:
+            arguments.model, arguments.text = map(str, random_model(root))
+        if arguments.fvu:
+            effect_on_fvu(arguments, root)
+            return
+        for context in arguments.context:
+            for model_batch in arguments.model_batch:
+                measure(arguments, root, context, model_batch)
+
+
+if __name__ == "__main__":
+    main()
