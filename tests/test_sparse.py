@@ -91,6 +91,7 @@ def tall(
 def small_tiles(monkeypatch) -> None:
     monkeypatch.setattr(plain, "ROWS", 128)
     monkeypatch.setattr(plain, "LATENTS", 100)
+    monkeypatch.setattr(sparse_module, "AUXK_ROWS", 128)
 
 
 @every_kernel
@@ -102,6 +103,16 @@ def test_several_tiles_are_one_step(sparsity, rescaled, kernels, small_tiles) ->
         sae.W_dec.mul_(torch.rand(sae.d_sae, 1) + 0.5)
     dead = torch.rand(sae.d_sae, generator=torch.Generator().manual_seed(1)) < 0.1
     assert_same_step(sae, x, kernels, Objective(aux=AuxK(k=8)), dead=dead)
+
+
+@every_kernel
+@pytest.mark.parametrize("stop_gradient", [False, True])
+@pytest.mark.parametrize("per_level", [False, True])
+def test_rows_wider_than_what_stays_in_registers(per_level, stop_gradient, kernels) -> None:
+    sae, x = tall(n=150, d_in=300)
+    dead = torch.rand(sae.d_sae, generator=torch.Generator().manual_seed(1)) < 0.1
+    objective = Objective(aux=AuxK(k=8, per_level=per_level), stop_gradient=stop_gradient, reduction="mean")
+    assert_same_step(sae, x, kernels, objective, dead=dead)
 
 
 @every_kernel

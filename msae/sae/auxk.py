@@ -58,30 +58,32 @@ def auxk_loss(
             W_dec = sae.W_dec[index]
             if sae.rescale_acts_by_decoder_norm:
                 W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
-            total = total + auxk_level(pre[:, index], residual, W_dec, aux)
+            scale = to_explain(residual, aux)
+            if scale > 0:
+                total = total + auxk_level(pre[:, index], residual, W_dec, aux) / (len(residual) * scale)
     return total
 
 
+def to_explain(residual: Float[Tensor, "batch d_out"], aux: AuxK) -> Float[Tensor, ""]:
+    """What `aux.normalise` divides by, without gradient: E‖e‖², E‖e − E e‖² or 1."""
+    e = residual.detach()
+    if aux.normalise == "none":
+        return e.new_ones(())
+    return (e - e.mean(0) if aux.normalise == "variance" else e).square().sum(1).mean()
+
+
 def auxk_level(
-    pre: Float[Tensor, "batch dead"],
-    residual: Float[Tensor, "batch d_out"],
+    pre: Float[Tensor, "rows dead"],
+    residual: Float[Tensor, "rows d_out"],
     W_dec: Float[Tensor, "dead d_out"],
     aux: AuxK,
 ) -> Float[Tensor, ""]:
-    """One level of `auxk_loss`, from the dead latents' own pre-activations and (normed) decoder rows."""
+    """Σ ‖e − ê‖² over some rows of one level, from the dead latents' own pre-activations and (normed) decoder rows."""
     k = max(1, W_dec.shape[1] // 2) if aux.k is None else aux.k
     e = residual.detach() if aux.detach else residual
-    left = residual.detach()
-    scale = {
-        "none": lambda: left.new_ones(()),
-        "energy": lambda: left.square().sum(1).mean(),
-        "variance": lambda: (left - left.mean(0)).square().sum(1).mean(),
-    }[aux.normalise]()
-    if not scale > 0:
-        return pre.new_zeros(())
     values, chosen = pre.topk(min(k, len(W_dec)), dim=1, sorted=False)
     acts = torch.zeros_like(pre).scatter(1, chosen, values.relu() if aux.relu else values)
     if not aux.detach and not acts.any():  # else the residual alone would be trained a second time
         return pre.new_zeros(())
-    loss = (e - acts @ W_dec).square().sum(1).mean() / scale
+    loss = (e - acts @ W_dec).square().sum()
     return loss * min(len(W_dec) / k, 1.0) if aux.scale_by_dead else loss

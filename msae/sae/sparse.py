@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from msae.sae.auxk import AuxK, auxk_level
+from msae.sae.auxk import AuxK, auxk_level, to_explain
 from msae.sae.kernels import compiled, plain
 from msae.sae.model import MatryoshkaSAE
 from msae.sae.sparsity import PENALTIES, count_above, jumprelu, l0_penalty, paid_by_latent
@@ -20,6 +20,7 @@ SMALLEST = 1 << 24  # multiplications of the encoder below which the dense step 
 WORTH_COMPILING = 1 << 28
 SAMPLE = 64  # rows of the batch itself that say where the bar of BatchTopK's filter must be
 SLACK = (1.3, 2.6, 10.0)  # how many more than wanted the filter is to let through; the next one when it was too few
+AUXK_ROWS = 512  # at a time: what they need stays in cache
 DENSEST = 1 / 16  # share of active entries above which the dense step is faster
 
 
@@ -97,8 +98,10 @@ def sparse_encode(sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"], kernels: s
             flat, u = use.survivors(h, W, b, bar / scale)
     if not bool(u.isfinite().all()):
         return None  # the dense step knows what becomes of them
-    flat, order = flat.sort()
-    rows, u = torch.div(flat, sae.d_sae, rounding_mode="floor"), u[order]
+    if not bool((flat[1:] > flat[:-1]).all()):
+        flat, order = flat.sort()
+        u = u[order]
+    rows = torch.div(flat, sae.d_sae, rounding_mode="floor")
     latents = flat - rows * sae.d_sae
     pre = u if norm is None else u * norm[latents]
     threshold = sae.threshold[latents] if sae.sparsity == "jumprelu" else None
@@ -122,7 +125,8 @@ def _batch_topk(
         if len(u) >= wanted:
             ranked = u if isinstance(scale, float) else u * scale[index % sae.d_sae]
             kept = ranked.topk(wanted, sorted=False).indices
-            return index[kept], u[kept]
+            chosen = torch.zeros_like(u, dtype=torch.bool).index_fill_(0, kept, True)
+            return index[chosen], u[chosen]  # in the order that they came in
     return None
 
 
@@ -151,12 +155,22 @@ def sparse_loss(
 
     leaves, coefficient, sparsity = _local(sae, code, widths, weights)
     c = coefficient.detach()
-    left, errors = use.residuals(c, latents, bins, W_dec, y - b_dec, levels)
-    errors = errors * share
-    auxiliary, to_left, to_dead = _auxiliary(sae, code.h, left, widths, aux, share, dead)
-    total = (weights.to(errors) * errors).sum().to(y.dtype) + aux.coefficient * auxiliary
     scaled = (weights * (-2 * share / batch)).tolist()
-    told, to_c = use.tell(left, scaled, stop_gradient, to_left, latents, bins, W_dec)
+    dead = dead if aux.coefficient > 0 else None
+    if dead is None or (aux.detach and not aux.per_level):
+        told, to_c, errors, outermost = use.residuals_and_tell(
+            c, latents, bins, W_dec, y - b_dec, scaled, stop_gradient
+        )
+        auxiliary, _, to_dead = _auxiliary(sae, code.h, [outermost], [d_sae], aux, share, dead)
+    else:
+        left, errors = use.residuals(c, latents, bins, W_dec, y - b_dec, levels)
+        answering = range(levels) if aux.per_level else [levels - 1]
+        residuals, edges = [left[:, level] for level in answering], [widths[level] for level in answering]
+        auxiliary, to_residual, to_dead = _auxiliary(sae, code.h, residuals, edges, aux, share, dead)
+        to_left = {answering[i]: gradient for i, gradient in to_residual.items()}
+        told, to_c = use.tell(left, scaled, stop_gradient, to_left, latents, bins, W_dec)
+    errors = errors * share
+    total = (weights.to(errors) * errors).sum().to(y.dtype) + aux.coefficient * auxiliary
 
     to_u, to_norm, to_threshold = to_c, None, None  # for BatchTopK and TopK the coefficient is u
     if leaves:
@@ -237,40 +251,48 @@ def _acts(sae: MatryoshkaSAE, pre: Tensor, threshold: Tensor | None) -> Tensor:
 
 
 def _auxiliary(
-    sae: MatryoshkaSAE, h: Tensor, left: Tensor, widths: Sequence[int], aux: AuxK, share: float, dead: Tensor | None
+    sae: MatryoshkaSAE,
+    h: Tensor,
+    residuals: Sequence[Tensor],
+    edges: Sequence[int],
+    aux: AuxK,
+    share: float,
+    dead: Tensor | None,
 ) -> tuple[Tensor, dict[int, Tensor], list[tuple[Tensor, ...]]]:
-    """α-weighted gradients of AuxK beside its value: to each level's residual, and to the dead latents' rows.
+    """As `auxk_loss` · share; α-weighted gradients for the residuals, by their number, and for the dead latents' rows.
 
-    The dead rows are copied out first, so that their gradients are no larger than they are.
+    The dead rows are copied out first, so that their gradients are no larger than they are. A part of the batch at a
+    time, so that its activations stay in cache; all at once if the residual is to be trained, for `auxk_level`.
     """
-    total, to_left, to_dead = h.new_zeros(()), dict[int, Tensor](), list[tuple[Tensor, ...]]()
-    if dead is None or not aux.coefficient > 0:
-        return total, to_left, to_dead
-    spans = enumerate(pairwise([0, *widths])) if aux.per_level else [(len(widths) - 1, (0, sae.d_sae))]
+    total, to_residual, to_dead = h.new_zeros(()), dict[int, Tensor](), list[tuple[Tensor, ...]]()
+    if dead is None:
+        return total, to_residual, to_dead
     share = share if aux.normalise == "none" else 1.0
-    for level, (start, stop) in spans:
+    for number, (residual, (start, stop)) in enumerate(zip(residuals, pairwise([0, *edges]), strict=True)):
         index = dead[start:stop].nonzero().squeeze(1) + start
-        if len(index) == 0:
+        if len(index) == 0 or not (scale := to_explain(residual, aux)) > 0:
             continue
         rows = [t.detach()[index].requires_grad_() for t in (sae.W_enc.T, sae.b_enc, sae.W_dec)]
-        residual = left[:, level].detach().requires_grad_(not aux.detach)
-        with torch.enable_grad():
-            directions, bias, W_dec = rows
-            pre = torch.addmm(bias, h, directions.T)
-            if sae.rescale_acts_by_decoder_norm:
-                norm = W_dec.norm(dim=1)
-                pre, W_dec = pre * norm, W_dec / norm[:, None]
-            loss = auxk_level(pre, residual, W_dec, aux) * share
-        total = total + loss.detach()
-        if loss.requires_grad:
-            wanted = rows if aux.detach else [*rows, residual]
-            *of_rows, last = torch.autograd.grad(aux.coefficient * loss, wanted)
-            if aux.detach:
-                of_rows.append(last)
-            else:
-                to_left[level] = last
-            to_dead.append((index, *of_rows))
-    return total, to_left, to_dead
+        sums = [torch.zeros_like(t) for t in rows]
+        part = AUXK_ROWS if aux.detach else len(h)
+        for here, left in zip(h.split(part), residual.split(part), strict=True):
+            left = left.detach().requires_grad_(not aux.detach)
+            with torch.enable_grad():
+                directions, bias, W_dec = rows
+                pre = torch.addmm(bias, here, directions.T)
+                if sae.rescale_acts_by_decoder_norm:
+                    norm = W_dec.norm(dim=1)
+                    pre, W_dec = pre * norm, W_dec / norm[:, None]
+                loss = auxk_level(pre, left, W_dec, aux) * (share / (len(h) * scale))
+            total = total + loss.detach()
+            if loss.requires_grad:
+                wanted = rows if aux.detach else [*rows, left]
+                gradients = torch.autograd.grad(aux.coefficient * loss, wanted)
+                torch._foreach_add_(sums, gradients[:3])
+                if not aux.detach:
+                    to_residual[number] = gradients[3]
+        to_dead.append((index, *sums))
+    return total, to_residual, to_dead
 
 
 class _Given(torch.autograd.Function):

@@ -83,6 +83,17 @@ inline void gather(float* to, const float* table, const int64_t* index, Scale sc
 
 inline double square(const float* a, int64_t d) { return dot(a, a, d); }
 
+// Numbers by value: of what a lambda captured GCC does not know that it stays, and would go one by one.
+inline void adam_row(float* __restrict w, const float* __restrict g, float* __restrict m, float* __restrict v, int64_t d,
+                     float scale, float beta1, float beta2, float step_size, float inverse_root, float eps) {
+  for (int64_t k = 0; k < d; ++k) {
+    float x = g[k] * scale;
+    m[k] += (1 - beta1) * (x - m[k]);
+    v[k] = beta2 * v[k] + (1 - beta2) * x * x;
+    w[k] -= step_size * m[k] / (std::sqrt(v[k]) * inverse_root + eps);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -119,9 +130,15 @@ struct Rounded {
   float scale, norm, error, kept;  // s, ‖x‖, ‖x − s q‖, ‖s q‖
 };
 
-Rounded round_row(const float* x, int64_t d, Whole* q) {
-  float most = 0, norm = std::sqrt(square(x, d));
-  for (int64_t k = 0; k < d; ++k) most = std::max(most, std::fabs(x[k]));
+Rounded round_row(const float* __restrict x, int64_t d, Whole* __restrict q) {
+  float most, norm = std::sqrt(square(x, d));
+  int32_t bits = 0;  // of a float without its sign, which are ordered as numbers are: a maximum that GCC vectorises
+  for (int64_t k = 0; k < d; ++k) {
+    int32_t of;
+    std::memcpy(&of, x + k, 4);
+    bits = std::max(bits, of & 0x7fffffff);
+  }
+  std::memcpy(&most, &bits, 4);
   // 16 bits: norms below 2^15.5, so that no sum of products can reach 2^31
   float scale = MSAE_SCREEN == 8 ? most / 127 : std::max(most / 32767, norm / 46000);
   float inverse = scale > 0 && std::isfinite(scale) ? 1 / scale : 0;
@@ -312,39 +329,36 @@ void msae_collect(void* handle, int64_t* flat, float* values) {
 
 // left [batch, levels, d] = target − Σ acts W_dec of the latents up to each level; squares [blocks, batch, levels],
 // ‖left‖² of each block of columns. Entries of bin row · levels + level are those from ends[bin] to ends[bin + 1].
+// With `weights`, while they are in cache: outermost [batch, d] = left of the last level; in place, left[l] ← Σ over
+// levels m ≥ l of weights[m] left[m] (of level l alone with stop_gradient); and what each entry is told,
+// ⟨left[its bin], W_dec[its latent]⟩: dots [blocks, entries], of each block of columns.
 void msae_residuals(const float* acts, const int64_t* latents, const int64_t* ends, const float* W_dec,
                     const float* target, int64_t batch, int64_t levels, int64_t d, float* left, double* squares,
-                    int threads) {
+                    const float* weights, int64_t stop_gradient, float* outermost, float* dots, int threads) {
+  int64_t entries = ends[batch * levels];
   auto minus = [&](int64_t e) { return -acts[e]; };
   parallel_blocks(batch, 128, d, threads, [&](int64_t block, int64_t from, int64_t to, int64_t k, int64_t width) {
     for (int64_t i = from; i < to; ++i) {
       const float* before = target + i * d + k;
+      const int64_t* end = ends + i * levels;
+      float* level = left + i * levels * d + k;
       for (int64_t l = 0; l < levels; ++l) {
-        float* here = left + (i * levels + l) * d + k;
-        const int64_t* end = ends + i * levels + l;
+        float* here = level + l * d;
         std::memcpy(here, before, width * sizeof(float));
-        gather(here, W_dec + k, latents, minus, end[0], end[1], d, width);
+        gather(here, W_dec + k, latents, minus, end[l], end[l + 1], d, width);
         squares[(block * batch + i) * levels + l] = square(here, width);
         before = here;
       }
-    }
-  });
-}
-
-// In place, left[l] ← Σ over levels m ≥ l of weights[m] left[m] (of level l alone with stop_gradient), and what each
-// entry is told, ⟨left[its bin], W_dec[its latent]⟩: dots [blocks, entries], of each block of columns.
-void msae_tell(float* left, const float* weights, int64_t stop_gradient, const int64_t* latents, const int64_t* ends,
-               const float* W_dec, int64_t batch, int64_t levels, int64_t d, float* dots, int threads) {
-  int64_t entries = ends[batch * levels];
-  parallel_blocks(batch, 128, d, threads, [&](int64_t block, int64_t from, int64_t to, int64_t k, int64_t width) {
-    for (int64_t i = from; i < to; ++i)
+      if (!weights) continue;
+      std::memcpy(outermost + i * d + k, before, width * sizeof(float));
       for (int64_t l = levels - 1; l >= 0; --l) {
-        float* here = left + (i * levels + l) * d + k;
-        for (int64_t c = 0; c < width; ++c) here[c] *= weights[l];
+        float *here = level + l * d, weight = weights[l];
+        for (int64_t c = 0; c < width; ++c) here[c] *= weight;
         if (l < levels - 1 && !stop_gradient) add(here, here + d, 1, width);
-        for (int64_t e = ends[i * levels + l]; e < ends[i * levels + l + 1]; ++e)
+        for (int64_t e = end[l]; e < end[l + 1]; ++e)
           dots[block * entries + e] = dot(here, W_dec + latents[e] * d + k, width);
       }
+    }
   });
 }
 
@@ -378,17 +392,8 @@ void msae_adam(float* W, const float* grad, float* mean, float* square_mean, int
                float beta1, float beta2, float step_size, float root, float eps, int64_t unit_norm, int threads) {
   parallel_ranges(rows, 64, threads, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
-      float* __restrict w = W + i * d;
-      const float* __restrict g = grad + i * d;
-      float* __restrict m = mean + i * d;
-      float* __restrict v = square_mean + i * d;
-      float inverse = 1 / root;
-      for (int64_t k = 0; k < d; ++k) {
-        float x = g[k] * scale;
-        m[k] += (1 - beta1) * (x - m[k]);
-        v[k] = beta2 * v[k] + (1 - beta2) * x * x;
-        w[k] -= step_size * m[k] / (std::sqrt(v[k]) * inverse + eps);
-      }
+      float* w = W + i * d;
+      adam_row(w, grad + i * d, mean + i * d, square_mean + i * d, d, scale, beta1, beta2, step_size, 1 / root, eps);
       if (unit_norm) {
         float shrink = 1 / std::max(std::sqrt((float)square(w, d)), 1e-12f);
         for (int64_t k = 0; k < d; ++k) w[k] *= shrink;

@@ -27,7 +27,7 @@ FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]  # NaN stays NaN
 COUNTS = ("msae_screen", "msae_screen_bits", "msae_columns")  # what returns a number
 
-row_survivors, rows_sum = plain.row_survivors, plain.rows_sum  # PyTorch's are as fast
+row_survivors, tell, rows_sum = plain.row_survivors, plain.tell, plain.rows_sum  # PyTorch's are as fast
 
 
 @functools.cache
@@ -93,11 +93,6 @@ def call(name: str, *arguments: Tensor | int | float | None) -> Any:
     return getattr(library(), name)(*map(converted, arguments), torch.get_num_threads())
 
 
-def blocks(d: int) -> int:
-    """Into how many blocks of columns a row is cut."""
-    return -(-d // library().msae_columns())
-
-
 def survivors(
     h: Float[Tensor, "batch d_in"],
     W: Float[Tensor, "d_sae d_in"],
@@ -137,31 +132,37 @@ def residuals(
     """As `plain.residuals`, a row at a time."""
     if not able(acts, W_dec, target):
         return plain.residuals(acts, latents, bins, W_dec, target, levels)
-    batch, d = target.shape
-    left = target.new_empty(batch, levels, d)
-    squares = target.new_empty(blocks(d), batch, levels, dtype=torch.float64)
-    ends = plain.bin_ends(bins, batch * levels)
-    call("msae_residuals", acts, latents, ends, W_dec, target, batch, levels, d, left, squares)
+    left, squares = _buffers(target, levels)
+    ends = plain.bin_ends(bins, len(target) * levels)
+    call("msae_residuals", acts, latents, ends, W_dec, target, *left.shape, left, squares, None, 0, None, None)
     return left, squares.sum(0).mean(0)
 
 
-def tell(
-    left: Float[Tensor, "batch levels d_out"],
-    weights: Sequence[float],
-    stop_gradient: bool,
-    more: dict[int, Float[Tensor, "batch d_out"]],
+def residuals_and_tell(
+    acts: Float[Tensor, " n"],
     latents: Int[Tensor, " n"],
     bins: Int[Tensor, " n"],
     W_dec: Float[Tensor, "d_sae d_out"],
-) -> tuple[Float[Tensor, "batch levels d_out"], Float[Tensor, " n"]]:
-    """As `plain.tell`, both in one pass."""
-    if more or not able(left, W_dec):
-        return plain.tell(left, weights, stop_gradient, more, latents, bins, W_dec)
-    batch, levels, d = left.shape
-    dots, ends = left.new_empty(blocks(d), len(latents)), plain.bin_ends(bins, batch * levels)
-    scales = torch.tensor(weights)
-    call("msae_tell", left, scales, stop_gradient, latents, ends, W_dec, batch, levels, d, dots)
-    return left, dots.sum(0)
+    target: Float[Tensor, "batch d_out"],
+    weights: Sequence[float],
+    stop_gradient: bool,
+) -> plain.Told:
+    """As `plain.residuals_and_tell`, both while a row is in cache."""
+    if not able(acts, W_dec, target):
+        return plain.residuals_and_tell(acts, latents, bins, W_dec, target, weights, stop_gradient)
+    left, squares = _buffers(target, len(weights))
+    outermost, dots = torch.empty_like(target), target.new_empty(len(squares), len(latents))
+    ends, scales = plain.bin_ends(bins, len(target) * len(weights)), torch.tensor(weights)
+    rest = (left, squares, scales, int(stop_gradient), outermost, dots)
+    call("msae_residuals", acts, latents, ends, W_dec, target, *left.shape, *rest)
+    return left, dots.sum(0), squares.sum(0).mean(0), outermost
+
+
+def _buffers(target: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """The residuals of all levels, and each row's squares of every block of columns, to be filled."""
+    batch, d = target.shape
+    blocks = -(-d // library().msae_columns())
+    return target.new_empty(batch, levels, d), target.new_empty(blocks, batch, levels, dtype=torch.float64)
 
 
 def project(grad: Float[Tensor, "rows d"], W: Float[Tensor, "rows d"] | None) -> Float[Tensor, " rows"]:

@@ -8,6 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+Told = tuple[  # told, ⟨told, W_dec row⟩ of each entry, E‖residual‖² of each level, the outermost residual
+    Float[Tensor, "batch levels d_out"], Float[Tensor, " n"], Float[Tensor, " levels"], Float[Tensor, "batch d_out"]
+]
 ROWS, LATENTS = 2048, 1024  # of a tile: 8 MB of float32, which stays in cache between the product and the filter
 
 
@@ -21,7 +24,7 @@ def survivors(
 
     In tiles, so that batch × d_sae is never held. NaN is a survivor, so that it cannot go unnoticed.
     """
-    d_sae, width = len(W), min(len(W), LATENTS)
+    d_sae, width, bar = len(W), min(len(W), LATENTS), bar.contiguous()  # one that is expanded takes longer to compare
     buffer = h.new_empty(min(len(h), ROWS) * width)
     above = torch.empty_like(buffer, dtype=torch.bool)
     flats, values = [], []
@@ -33,11 +36,20 @@ def survivors(
             size = shape[0] * shape[1]
             pre = torch.addmm(bias, part, directions.T, out=buffer[:size].view(shape))
             over = torch.le(pre, bars, out=above[:size].view(shape)).logical_not_()
-            index = over.view(-1).nonzero().squeeze(1)
+            index = _true(over.view(-1))
             values.append(pre.view(-1)[index])
             row = torch.div(index, shape[1], rounding_mode="floor")
             flats.append(index + row * (d_sae - shape[1]) + (top * d_sae + left))
     return torch.cat(flats), torch.cat(values)
+
+
+def _true(flags: Tensor) -> Tensor:
+    """Where flags are true, few of which are: eight at a time are looked at as one number."""
+    if len(flags) % 8:
+        return flags.nonzero().squeeze(1)
+    eights = flags.view(torch.int64).nonzero()
+    row, column = flags.view(-1, 8)[eights.squeeze(1)].nonzero(as_tuple=True)
+    return eights.squeeze(1)[row] * 8 + column
 
 
 def row_survivors(
@@ -130,6 +142,21 @@ def tell(
         if level < levels - 1 and not stop_gradient:
             left[:, level].add_(left[:, level + 1])
     return left, _dots(left.flatten(0, 1), latents, bins, W_dec)
+
+
+def residuals_and_tell(
+    acts: Float[Tensor, " n"],
+    latents: Int[Tensor, " n"],
+    bins: Int[Tensor, " n"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+    target: Float[Tensor, "batch d_out"],
+    weights: Sequence[float],
+    stop_gradient: bool,
+) -> Told:
+    """`residuals`, then `tell` where nothing is to be subtracted."""
+    left, errors = residuals(acts, latents, bins, W_dec, target, len(weights))
+    outermost = left[:, -1].clone()
+    return *tell(left, weights, stop_gradient, {}, latents, bins, W_dec), errors, outermost
 
 
 def _dots(table: Tensor, latents: Tensor, bins: Tensor, W_dec: Tensor) -> Tensor:
