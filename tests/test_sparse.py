@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from msae.sae import AuxK, MatryoshkaSAE, Objective, encode_for_training, matryoshka_loss
+from msae.sae import AuxK, MatryoshkaSAE, Objective, encode_for_training, matryoshka_loss, reconstruct
 from msae.sae import sparse as sparse_module
 from msae.sae.kernels import plain
 from msae.sae.loss import DenseCode
@@ -233,3 +233,28 @@ def test_gradients_of_several_batches_add_up_and_are_scaled(kernels) -> None:
     total.backward(retain_graph=True)
     with pytest.raises(AssertionError, match="only once"):
         total.backward()
+
+
+@every_kernel
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("sparsity", ["batch_topk", "topk", "jumprelu", "l1"])
+def test_inference_is_that_of_the_model(sparsity, rescaled, kernels) -> None:
+    sae, x = tall(d_in=130, sparsity=sparsity, rescale_acts_by_decoder_norm=rescaled)
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.rand(sae.d_sae, 1) + 0.5)
+        sae.b_dec.add_(0.1)
+        if sparsity != "topk":
+            sae.threshold.copy_(torch.linspace(-0.1, 0.4, sae.d_sae))
+    fired, recons = reconstruct(sae, x, kernels)
+    acts = sae.encode(x)
+    assert 0 < (acts > 0).sum() < acts.numel() / 2
+    assert torch.equal(fired, (acts > 0).sum(0))
+    for here, there in zip(recons, sae.decode_prefixes(acts), strict=True):
+        torch.testing.assert_close(here, there.detach(), rtol=1e-4, atol=1e-5)
+
+
+@every_kernel
+def test_inference_needs_a_threshold(kernels) -> None:
+    sae, x = tall()
+    with pytest.raises(ValueError, match="no threshold yet"):
+        reconstruct(sae, x, kernels)

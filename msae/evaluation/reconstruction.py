@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msae.data.batches import Batch, as_pair
-from msae.sae import MatryoshkaSAE
+from msae.sae import MatryoshkaSAE, reconstruct
 
 
 class ReconstructionSums:
@@ -36,7 +36,7 @@ class ReconstructionSums:
         self, sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None
     ) -> None:
         """Add a batch of raw activations, encoded as at inference, reconstructing `target` (x unless given)."""
-        acts = sae.encode(x)
+        fired, recons = reconstruct(sae, x)
         exact = (x if target is None else target).double()
         norm = exact.norm(dim=1)
         nonzero = norm > 0  # a direction and a ratio of norms only exist there
@@ -45,8 +45,8 @@ class ReconstructionSums:
         t["nonzero"] += nonzero.sum()
         t["y"] += exact.sum(0)
         t["y_square"] += exact.square().sum()
-        t["fired"] += (acts > 0).sum(0)
-        for i, scaled in enumerate(sae.decode_prefixes(acts)):
+        t["fired"] += fired
+        for i, scaled in enumerate(recons):
             recon = sae.unscale(scaled.double())
             product, recon_norm = (exact * recon).sum(1), recon.norm(dim=1)
             t["error"][i] += (exact - recon).square().sum()

@@ -7,7 +7,7 @@ from msae.sae.initial import geometric_median
 from msae.sae.loss import DenseCode, Loss, Objective, encode_for_training, matryoshka_loss, prefix_errors
 from msae.sae.model import MatryoshkaSAE
 from msae.sae.prefixes import pareto_prefixes, resolve_prefixes
-from msae.sae.sparse import SparseCode, choose_kernels
+from msae.sae.sparse import SparseCode, choose_kernels, reconstruct
 from msae.sae.sparsity import L0Controller, batch_topk, jumprelu, quantile_thresholds, topk
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "pareto_prefixes",
     "prefix_errors",
     "quantile_thresholds",
+    "reconstruct",
     "resolve_prefixes",
     "save_sae",
     "topk",

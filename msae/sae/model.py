@@ -168,9 +168,13 @@ class MatryoshkaSAE(nn.Module):
         pre, width = self.pre(x), self._width(prefix)
         if self.sparsity == "topk":
             return topk(pre, int(self.k))[..., :width]
+        return torch.where(pre > self.known_threshold().to(pre.dtype), pre.relu(), 0.0)[..., :width]
+
+    def known_threshold(self) -> Float[Tensor, " d_sae"]:
+        """The threshold at inference. Raises ValueError while none is set."""
         if torch.isnan(self.threshold[0]):
             raise ValueError("this SAE has no threshold yet; train it or calibrate it before encoding")
-        return torch.where(pre > self.threshold.to(pre.dtype), pre.relu(), 0.0)[..., :width]
+        return self.threshold
 
     def decode(self, acts: Float[Tensor, "*batch width"], prefix: int | None = None) -> Float[Tensor, "*batch d_out"]:
         """Raw activations (acts[:m] W_dec[:m] + b_dec) / s + μ from the first m = `prefix` latents (all given ones)."""

@@ -71,8 +71,10 @@ def choose_kernels(kernels: Kernels, sae: MatryoshkaSAE, x: Float[Tensor, "batch
 
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)
-def sparse_encode(sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"], kernels: str) -> SparseCode | None:
-    """The same selection as `select(pre(x))`; None where so much is active that the dense step is faster.
+def sparse_encode(
+    sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"], kernels: str, inference: bool = False
+) -> SparseCode | None:
+    """The same selection as `select(pre(x))`, or `encode(x)`; None where so much is active that dense is faster.
 
     BatchTopK keeps k · batch entries exactly, from those above a bar that a sample of the batch's own rows sets so
     low that a few more pass than are wanted; when too few do, the bar is lowered. Ties are broken arbitrarily.
@@ -86,13 +88,16 @@ def sparse_encode(sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"], kernels: s
     else:
         sample = h[:: max(1, len(h) // SAMPLE)]
         pre = torch.addmm(b, sample, W.T) * scale
-        if sae.sparsity == "batch_topk":
+        if sae.sparsity == "batch_topk" and not inference:
             found = _batch_topk(sae, pre, h, use, W, b, scale)
             if found is None:
                 return None
             flat, u = found
         else:
-            bar = sae.threshold - sae.bandwidth / 2 if sae.sparsity == "jumprelu" else torch.zeros_like(b)
+            if inference:
+                bar = sae.known_threshold().clamp_min(0)
+            else:
+                bar = sae.threshold - sae.bandwidth / 2 if sae.sparsity == "jumprelu" else torch.zeros_like(b)
             if (pre > bar).sum() > DENSEST * pre.numel():
                 return None
             flat, u = use.survivors(h, W, b, bar / scale)
@@ -104,7 +109,7 @@ def sparse_encode(sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"], kernels: s
     rows = torch.div(flat, sae.d_sae, rounding_mode="floor")
     latents = flat - rows * sae.d_sae
     pre = u if norm is None else u * norm[latents]
-    threshold = sae.threshold[latents] if sae.sparsity == "jumprelu" else None
+    threshold = sae.threshold[latents] if sae.sparsity == "jumprelu" and not inference else None
     return SparseCode(rows, latents, u, _acts(sae, pre, threshold), h, sae.d_sae, use)
 
 
@@ -210,6 +215,23 @@ def sparse_errors(
     return code.kernels.residuals(code.acts / norm, code.latents, bins, sae.W_dec.detach(), y - sae.b_dec, len(widths))[
         1
     ]
+
+
+@torch.no_grad()
+def reconstruct(
+    sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"], kernels: Kernels = "auto"
+) -> tuple[Int[Tensor, " d_sae"], list[Float[Tensor, "batch d_out"]]]:
+    """In how many tokens each latent is active at inference, and every prefix's reconstruction in scaled units (y')."""
+    chosen = choose_kernels(kernels, sae, x)
+    code = None if chosen == "dense" else sparse_encode(sae, x, chosen, inference=True)
+    if code is None:
+        acts = sae.encode(x)
+        return (acts > 0).sum(0), sae.decode_prefixes(acts)
+    norm = sae.W_dec.norm(dim=1)[code.latents] if sae.rescale_acts_by_decoder_norm else 1.0
+    bins, nothing = _bins(code, sae.prefixes), (-sae.b_dec).repeat(len(x), 1)
+    levels = len(sae.prefixes)
+    left, _ = code.kernels.residuals(code.acts / norm, code.latents, bins, sae.W_dec.detach(), nothing, levels)
+    return code.fired(), list(left.neg_().unbind(1))
 
 
 def _bins(code: SparseCode, widths: Sequence[int]) -> Tensor:
