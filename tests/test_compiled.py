@@ -90,6 +90,31 @@ def test_no_pair_is_lost_that_exceeds_its_bar_by_a_hair() -> None:
         assert len(flat) == 0
 
 
+@pytest.mark.parametrize("rounded", ["W", "h"])
+def test_rounding_that_all_adds_up_loses_no_pair(rounded) -> None:
+    """One vector is rounded exactly; of the other each number but the largest loses 0.4 of a step."""
+    bits = compiled.library().msae_screen_bits() if compiled.library() else 0
+    step = 1 / (127 if bits == 8 else 32767)
+    exact = torch.ones(256)
+    inexact = (torch.randint(-8, 8, (256,), generator=torch.Generator().manual_seed(0)) + 0.4) * step
+    inexact[0] = 1.0
+    h, W = (exact, inexact) if rounded == "W" else (inexact, exact)
+    bars = (exact @ inexact).repeat(40) - 0.5 * step  # all that is lost is 102 steps
+    flat, _ = compiled.survivors(h[None], W.repeat(40, 1), torch.zeros(40), bars)
+    assert len(flat) == 40
+
+
+@pytest.mark.parametrize("use", [plain, compiled], ids=["plain", "compiled"])
+@pytest.mark.parametrize("where", ["h", "W", "b"])
+def test_what_is_not_a_number_survives(where, use) -> None:
+    given = {"h": torch.randn(30, 64), "W": torch.randn(100, 64), "b": torch.zeros(100)}
+    given[where][7] = torch.nan
+    flat, values = use.survivors(*given.values(), torch.full((100,), 1e9))
+    assert len(flat) == (100 if where == "h" else 30)
+    assert values.isnan().all()
+    assert (flat // 100 == 7 if where == "h" else flat % 100 == 7).all()
+
+
 def test_counting_is_sorting() -> None:
     latents = torch.randint(0, 40, (1000,), generator=torch.Generator().manual_seed(0))
     for here, there in zip(compiled.by_latent(latents, 50), plain.by_latent(latents, 50), strict=True):
