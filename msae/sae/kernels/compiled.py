@@ -82,6 +82,9 @@ def able(*tensors: Tensor) -> bool:
     return fits and library() is not None
 
 
+able_to_step = able
+
+
 def call(name: str, *arguments: Tensor | int | float | None) -> Any:
     """Call a function with tensors as pointers; whole numbers are int64, but `threads`, the last, an int."""
 
@@ -176,14 +179,14 @@ def adam(
     W: Float[Tensor, "rows d"],
     grad: Float[Tensor, "rows d"],
     state: tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"]],
-    scale: float,
+    scale: Float[Tensor, ""],
     lr: float,
     betas: tuple[float, float],
     eps: float,
-    step: int,
+    step: Float[Tensor, ""],
     unit_norm: bool,
 ) -> None:
     """Adam's update with the gradient × scale, then rows of unit norm if wanted: one pass over memory."""
     (beta1, beta2), (rows, d) = betas, W.shape
-    step_size, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
-    call("msae_adam", W, grad, *state, rows, d, scale, beta1, beta2, step_size, root, eps, unit_norm)
+    step_size, root = lr / (1 - beta1 ** int(step)), math.sqrt(1 - beta2 ** int(step))
+    call("msae_adam", W, grad, *state, rows, d, float(scale), beta1, beta2, step_size, root, eps, unit_norm)
