@@ -40,7 +40,7 @@ def library() -> Any:
 def require(device: torch.device) -> None:
     """Raises ValueError where triton is not installed, or cannot run on this device."""
     if library() is None:
-        raise ValueError("model.kernels=triton needs the package triton, expected 3.3 or later; pip install triton")
+        raise ValueError(f"model.kernels=triton needs the package triton; pip install triton, or {INSTEAD}")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"model.kernels=triton expects compute capability 8.0 or more, {name} has less; {INSTEAD}")
@@ -71,6 +71,8 @@ def filtered(
     h and W may be bfloat16: products are added up in float32 all the same.
     """
     (batch, d), d_sae = h.shape, len(W)
+    if library().INTERPRETED:  # which takes the bits of bfloat16 for whole numbers
+        h, W = h.float(), W.float()
     flat, values = h.new_zeros(capacity, dtype=torch.int64), h.new_zeros(capacity, dtype=torch.float32)
     count, tile = h.new_zeros((), dtype=torch.int64), TILES[h.dtype]
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

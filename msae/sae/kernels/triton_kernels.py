@@ -12,6 +12,23 @@ import triton.language as tl
 
 @triton.jit
 @no_type_check
+def collect(sums, row, latent, b, bar, flat, values, count, batch, d_sae, capacity):
+    """Of the sums of these rows and latents, with b, what exceeds its bar, into a stretch of the output of its own."""
+    real = latent < d_sae
+    u = sums + tl.load(b + latent, real, 0.0)[None, :]
+    over = u <= tl.load(bar + latent, real, 0.0)[None, :]  # not >: NaN survives
+    keep = ~over & (row < batch)[:, None] & real[None, :]
+    rank = tl.cumsum(keep.to(tl.int32), 1)
+    of_row = tl.max(rank, 1)
+    slot = (tl.cumsum(of_row, 0) - of_row)[:, None] + rank - 1
+    begin = tl.atomic_add(count, tl.sum(of_row, 0).to(tl.int64))
+    kept = keep & (slot < tl.minimum(capacity - begin, 1 << 30).to(tl.int32))
+    tl.store(flat + begin + slot, row.to(tl.int64)[:, None] * d_sae + latent[None, :], kept)
+    tl.store(values + begin + slot, u, kept)
+
+
+@triton.jit
+@no_type_check
 def survivors(
     h,  # [batch, d], float32 or bfloat16, as W
     W,  # [d_sae, d]
@@ -29,7 +46,7 @@ def survivors(
     LATENTS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """One tile of h Wᵀ + b; what exceeds its bar goes into a stretch of the output that the tile reserves.
+    """One tile of h Wᵀ + b; the sums are looked at in quarters, because all at once would not fit into registers.
 
     Tiles that run together share latents: W is read once, and h, the smaller, from the cache.
     """
@@ -46,17 +63,14 @@ def survivors(
         left = tl.load(from_h + start, inside[None, :], 0.0)
         right = tl.load(from_W + start, inside[:, None], 0.0)
         sums = tl.dot(left, right, sums, input_precision=PRECISION)
-    real = latent < d_sae
-    u = sums + tl.load(b + latent, real, 0.0)[None, :]
-    over = u <= tl.load(bar + latent, real, 0.0)[None, :]  # not >: NaN survives
-    keep = (~over & (row < batch)[:, None] & real[None, :]).to(tl.int32)
-    of_row = tl.sum(keep, 1)
-    before = tl.cumsum(of_row, 0) - of_row
-    begin = tl.atomic_add(count, tl.sum(of_row, 0).to(tl.int64))
-    slot = begin + before[:, None] + tl.cumsum(keep, 1) - keep
-    kept = (keep > 0) & (slot < capacity)
-    tl.store(flat + slot, row.to(tl.int64)[:, None] * d_sae + latent[None, :], kept)
-    tl.store(values + slot, u, kept)
+    latent = tl.program_id(0) // down * LATENTS + 2 * tl.arange(0, LATENTS // 4)
+    even, odd = tl.split(tl.reshape(sums, (ROWS, LATENTS // 2, 2)))
+    left, right = tl.split(tl.permute(tl.reshape(even, (ROWS, 2, LATENTS // 4)), (0, 2, 1)))
+    collect(left, row, latent, b, bar, flat, values, count, batch, d_sae, capacity)
+    collect(right, row, latent + LATENTS // 2, b, bar, flat, values, count, batch, d_sae, capacity)
+    left, right = tl.split(tl.permute(tl.reshape(odd, (ROWS, 2, LATENTS // 4)), (0, 2, 1)))
+    collect(left, row, latent + 1, b, bar, flat, values, count, batch, d_sae, capacity)
+    collect(right, row, latent + LATENTS // 2 + 1, b, bar, flat, values, count, batch, d_sae, capacity)
 
 
 @triton.jit
