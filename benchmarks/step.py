@@ -71,7 +71,7 @@ def msae_step(kernels: str, s: Settings, given: Start) -> Step:
     parameters = begin(sae, given)
     sae.set_statistics(given.x.mean(0), float(given.x.square().sum(1).mean()))
     sae.tokens_since_fired[given.dead] = DEAD_AFTER_TOKENS
-    optimizer = DictionaryAdam(sae, s.lr, (0.9, 0.999), 1.0, "unit_norm", kernels == "compiled")
+    optimizer = DictionaryAdam(sae, s.lr, (0.9, 0.999), 1.0, "unit_norm", kernels)
 
     def run() -> tuple[float, float]:
         optimizer.zero_grad()

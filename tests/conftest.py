@@ -1,5 +1,7 @@
 """For every test: array shapes checked at run time, one torch thread, no warning that comes only once."""
 
+import os
+
 import torch
 from jaxtyping import install_import_hook
 
@@ -8,3 +10,5 @@ CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook(["msae.sae", "msae.evaluation"], CHECKER)
 torch.set_num_threads(1)
 torch.set_warn_always(True)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's functions on a CPU

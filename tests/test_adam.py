@@ -1,4 +1,4 @@
-"""The optimizer against PyTorch's own, step by step, in both of its implementations."""
+"""The optimizer against PyTorch's own, step by step, in each of its implementations."""
 
 import copy
 
@@ -8,8 +8,9 @@ from torch.testing import assert_close
 
 from msae.sae import DictionaryAdam, MatryoshkaSAE
 from msae.sae.kernels import compiled
+from tests.test_sparse import KERNELS
 
-both = pytest.mark.parametrize("use_compiled", [False, True], ids=["plain", "compiled"])
+each = pytest.mark.parametrize("kernels", KERNELS)
 
 
 def example(sparsity: str = "batch_topk") -> MatryoshkaSAE:
@@ -41,12 +42,12 @@ def plainly(sae: MatryoshkaSAE, adam: torch.optim.Adam, decoder: str, clip: floa
     return norm
 
 
-@both
+@each
 @pytest.mark.parametrize("clip", [1e9, 0.5], ids=["not clipped", "clipped"])
 @pytest.mark.parametrize("decoder", ["unit_norm", "unit_norm_before_step", "free", "rescaled"])
-def test_every_step_is_that_of_the_recipe(decoder, clip, use_compiled) -> None:
+def test_every_step_is_that_of_the_recipe(decoder, clip, kernels) -> None:
     sae, reference = example("jumprelu"), example("jumprelu")
-    optimizer = DictionaryAdam(sae, 1e-2, (0.5, 0.99), clip, decoder, use_compiled)
+    optimizer = DictionaryAdam(sae, 1e-2, (0.5, 0.99), clip, decoder, kernels)
     adam = torch.optim.Adam(reference.parameters(), 1e-2, (0.5, 0.99))
     for step in range(6):
         for each in (sae, reference):
@@ -64,10 +65,10 @@ def test_every_step_is_that_of_the_recipe(decoder, clip, use_compiled) -> None:
         assert_close(sae.W_dec.detach().norm(dim=1), torch.ones(50), rtol=0, atol=1e-6)
 
 
-@both
-def test_a_learning_rate_schedule_is_followed(use_compiled) -> None:
+@each
+def test_a_learning_rate_schedule_is_followed(kernels) -> None:
     sae = example()
-    optimizer = DictionaryAdam(sae, 1e-2, (0.9, 0.999), 1e9, "free", use_compiled)
+    optimizer = DictionaryAdam(sae, 1e-2, (0.9, 0.999), 1e9, "free", kernels)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step == 1 else 1.0)
     moved = []
     for step in range(3):
@@ -79,16 +80,16 @@ def test_a_learning_rate_schedule_is_followed(use_compiled) -> None:
     assert moved == [True, False, True]
 
 
-@both
-def test_its_state_goes_on_from_where_it_was(use_compiled) -> None:
+@each
+def test_its_state_goes_on_from_where_it_was(kernels) -> None:
     """Also from averages that lie in memory the other way round, as in checkpoints of a contiguous W_enc."""
     sae = example()
-    optimizer = DictionaryAdam(sae, 1e-2, (0.9, 0.999), 1.0, "unit_norm", use_compiled)
+    optimizer = DictionaryAdam(sae, 1e-2, (0.9, 0.999), 1.0, "unit_norm", kernels)
     for step in range(3):
         give_gradients(sae, step, 1.0)
         optimizer.step()
     other = copy.deepcopy(sae)
-    resumed = DictionaryAdam(other, 1e-2, (0.9, 0.999), 1.0, "unit_norm", use_compiled)
+    resumed = DictionaryAdam(other, 1e-2, (0.9, 0.999), 1.0, "unit_norm", kernels)
     state = copy.deepcopy(optimizer.state_dict())
     for values in state["state"].values():
         for key in ("exp_avg", "exp_avg_sq"):
@@ -112,7 +113,7 @@ def test_the_compiled_one_is_used_and_its_threads_do_not_matter(monkeypatch) -> 
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         sae = example()
-        optimizer = DictionaryAdam(sae, 1e-2, (0.9, 0.999), 1.0, "unit_norm", True)
+        optimizer = DictionaryAdam(sae, 1e-2, (0.9, 0.999), 1.0, "unit_norm", "compiled")
         give_gradients(sae, 0, 1.0)
         optimizer.step()
         results.append(sae.W_dec.detach().clone())
@@ -122,7 +123,7 @@ def test_the_compiled_one_is_used_and_its_threads_do_not_matter(monkeypatch) -> 
 
 def test_half_precision_takes_the_plain_way() -> None:
     sae = example().bfloat16()
-    optimizer = DictionaryAdam(sae, 1e-2, (0.9, 0.999), 1.0, "unit_norm", True)
+    optimizer = DictionaryAdam(sae, 1e-2, (0.9, 0.999), 1.0, "unit_norm", "compiled")
     give_gradients(sae, 0, 1.0)
     optimizer.step()
     assert sae.W_dec.isfinite().all()

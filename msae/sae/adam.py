@@ -6,9 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from msae.sae.kernels import compiled
+from msae.sae.kernels import compiled, triton
 from msae.sae.model import MatryoshkaSAE
 
+KERNELS: dict[str, Any] = {"compiled": compiled, "triton": triton}
 Decoder = Literal["unit_norm", "unit_norm_before_step", "free", "rescaled"]
 
 
@@ -17,7 +18,8 @@ class DictionaryAdam(torch.optim.Adam):
 
     With `decoder` unit_norm the part of each decoder row's gradient along the row is removed before, and the row
     brought back to unit norm after the update; with unit_norm_before_step both are done before. `grad_norm` is that of
-    the last step, before clipping, summed in float64. `use_compiled` lets C++ do it in two passes over memory.
+    the last step, before clipping, summed in float64. With `kernels` compiled or triton these do it in two passes over
+    memory, where they can; triton's never wait for the device.
     """
 
     def __init__(
@@ -27,9 +29,9 @@ class DictionaryAdam(torch.optim.Adam):
         betas: tuple[float, float],
         grad_clip: float,
         decoder: Decoder,
-        use_compiled: bool = False,
+        kernels: str = "plain",
     ) -> None:
-        self.sae, self.grad_clip, self.decoder, self.use_compiled = sae, grad_clip, decoder, use_compiled
+        self.sae, self.grad_clip, self.decoder, self.kernels = sae, grad_clip, decoder, kernels
         self.grad_norm = torch.zeros(())
         super().__init__([p for p in sae.parameters() if p.requires_grad], lr=lr, betas=betas, fused=True)
 
@@ -43,33 +45,36 @@ class DictionaryAdam(torch.optim.Adam):
         if self.decoder == "unit_norm_before_step":
             self.sae.normalise_decoder()
         parameters = [p for p in self.param_groups[0]["params"] if p.grad is not None]
-        if self.use_compiled and all(compiled.able(rows(p), rows(p.grad)) for p in parameters):
-            self._compiled_step(parameters)
+        use = KERNELS.get(self.kernels)
+        if use is not None and all(use.able_to_step(rows(p), rows(p.grad)) for p in parameters):
+            self._step_by(use, parameters)
             return loss
         if self.decoder.startswith("unit_norm"):
             self.sae.project_decoder_gradient()
         squares = [torch.linalg.vector_norm(rows(p.grad), dim=1).double().square().sum() for p in parameters]
         self.grad_norm = torch.stack(squares).sum().sqrt()
-        scale = (self.grad_clip / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([p.grad for p in parameters], scale.to(parameters[0].dtype))
+        torch._foreach_mul_([p.grad for p in parameters], self._clipping().to(parameters[0].dtype))
         super().step()
         if self.decoder == "unit_norm":
             self.sae.normalise_decoder()
         return loss
 
-    def _compiled_step(self, parameters: list[Tensor]) -> None:
+    def _clipping(self) -> Tensor:
+        return (self.grad_clip / (self.grad_norm + 1e-6)).clamp(max=1.0)
+
+    def _step_by(self, use: Any, parameters: list[Tensor]) -> None:
         group, W_dec = self.param_groups[0], self.sae.W_dec
         along = W_dec if self.decoder.startswith("unit_norm") else None
-        squares = [compiled.project(rows(p.grad), along if p is W_dec else None).sum() for p in parameters]
+        squares = [use.project(rows(p.grad), along if p is W_dec else None).sum() for p in parameters]
         self.grad_norm = torch.stack(squares).sum().sqrt()
-        scale = min(1.0, self.grad_clip / (float(self.grad_norm) + 1e-6))
+        scale = self._clipping()
         for p in parameters:
             state = self.state[p]
             if not state:
-                state["step"] = torch.zeros(())
+                state["step"] = torch.zeros((), device=p.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
             state["step"] += 1
-            compiled.adam(
+            use.adam(
                 rows(p),
                 rows(p.grad),
                 (rows(state["exp_avg"]), rows(state["exp_avg_sq"])),
@@ -77,7 +82,7 @@ class DictionaryAdam(torch.optim.Adam):
                 float(group["lr"]),
                 group["betas"],
                 group["eps"],
-                int(state["step"]),
+                state["step"],
                 p is W_dec and self.decoder == "unit_norm",
             )
 

@@ -122,7 +122,7 @@ def matryoshka_loss(
     code = code or encode_for_training(sae, x)
     widths = sae.prefixes if prefixes is None else list(range(1, sae.d_sae + 1)) if prefixes == "every" else prefixes
     widths = [0, *widths] if objective.bias_level else list(widths)
-    weights = objective.weights(len(widths)).to(y.device)
+    weights = objective.weights(len(widths))
     share = 1.0 if objective.error == "sum" else 1 / sae.d_out
     if isinstance(code, SparseCode):
         assert prefixes != "every", "every prefix at once has no sparse step"
@@ -130,7 +130,7 @@ def matryoshka_loss(
             sae, code, y, widths, weights, share, objective.stop_gradient, objective.aux, dead, sparsity_weight
         )
     else:
-        arguments = (sae, code, y, widths, weights, share, objective, dead, sparsity_weight)
+        arguments = (sae, code, y, widths, weights.to(y.device), share, objective, dead, sparsity_weight)
         total, levels, aux, sparsity = dense_loss(*arguments, every=prefixes == "every")
     orthogonality = total.new_zeros(())
     if objective.orthogonality > 0:

@@ -1,6 +1,7 @@
 """The training step by work proportional to what is active: all but the encoder's product is sparse."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -10,17 +11,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from msae.sae.auxk import AuxK, auxk_level, to_explain
-from msae.sae.kernels import compiled, plain
+from msae.sae.kernels import compiled, plain, triton
 from msae.sae.model import MatryoshkaSAE
 from msae.sae.sparsity import PENALTIES, count_above, jumprelu, l0_penalty, paid_by_latent
 
-KERNELS: dict[str, Any] = {"plain": plain, "compiled": compiled}
-Kernels = Literal["auto", "dense", "plain", "compiled"]
+KERNELS: dict[str, Any] = {"plain": plain, "compiled": compiled, "triton": triton}
+Kernels = Literal["auto", "dense", "plain", "compiled", "triton"]
 SMALLEST = 1 << 24  # multiplications of the encoder below which the dense step is as fast
 WORTH_COMPILING = 1 << 28
 SAMPLE = 64  # rows of the batch itself that say where the bar of BatchTopK's filter must be
 SLACK = (1.3, 2.6, 10.0)  # how many more than wanted the filter is to let through; the next one when it was too few
 AUXK_ROWS = 512  # at a time: what they need stays in cache
+ROOM = 2  # how many times as many as wanted fit behind a filter that nobody waits for
 DENSEST = 1 / 16  # share of active entries above which the dense step is faster
 
 
@@ -47,12 +49,11 @@ class SparseCode:
 
     def fired(self) -> Int[Tensor, " d_sae"]:
         """In how many tokens each latent is active."""
-        return torch.bincount(self.latents[self.acts > 0], minlength=self.d_sae)
+        return _sums(self.latents, (self.acts > 0).long(), self.d_sae)
 
     def mean_square(self, norm: Float[Tensor, " d_sae"] | float) -> Float[Tensor, " d_sae"]:
         """E (acts · norm)² of each latent."""
-        total = self.acts.new_zeros(self.d_sae).index_add_(0, self.latents, self.acts.square()) / len(self.h)
-        return total * norm**2
+        return _sums(self.latents, self.acts.square(), self.d_sae) / len(self.h) * norm**2
 
     def dense(self) -> Float[Tensor, "batch d_sae"]:
         """acts as a matrix."""
@@ -60,7 +61,13 @@ class SparseCode:
 
 
 def choose_kernels(kernels: Kernels, sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"]) -> str:
-    """What `auto` stands for: `compiled` on a CPU (`plain` without a compiler); `dense` elsewhere, or if small."""
+    """What `auto` stands for: `compiled` on a CPU (`plain` without a compiler); `dense` elsewhere, or if small.
+
+    `triton` is only for who asks for it: compiled for GPUs, tested in Triton's interpreter, but never timed on one.
+    Raises ValueError where that is not installed or cannot run.
+    """
+    if kernels == "triton":
+        triton.require(sae.W_enc.device)
     if kernels != "auto":
         return kernels
     size = len(x) * sae.W_enc.numel()
@@ -69,19 +76,47 @@ def choose_kernels(kernels: Kernels, sae: MatryoshkaSAE, x: Float[Tensor, "batch
     return "compiled" if size >= WORTH_COMPILING and compiled.library() is not None else "plain"
 
 
+def _sums(latents: Tensor, values: Tensor, d_sae: int) -> Tensor:
+    """Σ values of each latent, always in the same order: on a GPU index_put_ sorts, index_add_ would not."""
+    total = values.new_zeros(d_sae)
+    if values.device.type == "cpu":
+        return total.index_add_(0, latents, values)
+    return total.index_put_((latents,), values, accumulate=True)
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Whatever autocast says, the function computes in the type of the weights of its first argument, an SAE."""
+
+    @functools.wraps(function)
+    def exactly(sae: MatryoshkaSAE, *given: Any, **named: Any) -> Any:
+        with torch.autocast(sae.W_enc.device.type, enabled=False):
+            return function(sae, *given, **named)
+
+    return exactly
+
+
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)
 def sparse_encode(
     sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"], kernels: str, inference: bool = False
 ) -> SparseCode | None:
     """The same selection as `select(pre(x))`, or `encode(x)`; None where so much is active that dense is faster.
 
     BatchTopK keeps k · batch entries exactly, from those above a bar that a sample of the batch's own rows sets so
-    low that a few more pass than are wanted; when too few do, the bar is lowered. Ties are broken arbitrarily.
+    low that a few more pass than are wanted; when too few do, the bar is lowered. Ties are broken arbitrarily, by
+    `triton` in favour of the first. Under autocast to bfloat16 `triton` multiplies W_enc in bfloat16, the others don't.
     """
-    use, h, W, b = KERNELS[kernels], sae.encoder_input(x), sae.W_enc.T, sae.b_enc.detach()
+    device = sae.W_enc.device.type
+    low = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    return _encode(sae, x, KERNELS[kernels], low, inference)
+
+
+@_without_autocast
+def _encode(sae: MatryoshkaSAE, x: Tensor, use: Any, low: bool, inference: bool) -> SparseCode | None:
+    h, W, b = sae.encoder_input(x), sae.W_enc.T, sae.b_enc.detach()
     norm = sae.W_dec.norm(dim=1) if sae.rescale_acts_by_decoder_norm else None
     scale = 1.0 if norm is None else norm
+    on_device = use is triton and triton.able(h, W, b)
+    left, right = (h.bfloat16(), W.bfloat16()) if low and on_device else (h, W)
     if sae.sparsity == "topk":
         flat, u = use.row_survivors(h, W, b, int(sae.k), norm)
         flat, u = flat[~(u <= 0)], u[~(u <= 0)]
@@ -89,6 +124,8 @@ def sparse_encode(
         sample = h[:: max(1, len(h) // SAMPLE)]
         pre = torch.addmm(b, sample, W.T) * scale
         if sae.sparsity == "batch_topk" and not inference:
+            if on_device:
+                return _batch_topk_unseen(sae, pre, h, left, right, b, norm)
             found = _batch_topk(sae, pre, h, use, W, b, scale)
             if found is None:
                 return None
@@ -100,10 +137,16 @@ def sparse_encode(
                 bar = sae.threshold - sae.bandwidth / 2 if sae.sparsity == "jumprelu" else torch.zeros_like(b)
             if (pre > bar).sum() > DENSEST * pre.numel():
                 return None
-            flat, u = use.survivors(h, W, b, bar / scale)
+            flat, u = use.survivors(left, right, b, bar / scale)
     if not bool(u.isfinite().all()):
         return None  # the dense step knows what becomes of them
-    if not bool((flat[1:] > flat[:-1]).all()):
+    return _code(sae, flat, u, h, use, norm, inference)
+
+
+def _code(
+    sae: MatryoshkaSAE, flat: Tensor, u: Tensor, h: Tensor, use: Any, norm: Tensor | None, inference: bool = False
+) -> SparseCode:
+    if flat.device.type != "cpu" or not bool((flat[1:] > flat[:-1]).all()):
         flat, order = flat.sort()
         u = u[order]
     rows = torch.div(flat, sae.d_sae, rounding_mode="floor")
@@ -135,7 +178,27 @@ def _batch_topk(
     return None
 
 
-@torch.autocast("cpu", enabled=False)
+def _batch_topk_unseen(
+    sae: MatryoshkaSAE, sample: Tensor, h: Tensor, left: Tensor, right: Tensor, b: Tensor, norm: Tensor | None
+) -> SparseCode | None:
+    """As `_batch_topk`, of left · right = h · W; the host asks only once, when all is on its way, if it went well."""
+    wanted, flat = round(sae.k * len(h)), sample.flatten()
+    for slack in SLACK:
+        rank = max(1, round(slack * wanted * len(sample) / len(h)))
+        if rank > DENSEST * len(flat):
+            return None
+        bar, room = flat.topk(rank, sorted=False).values.min(), min(round(ROOM * slack * wanted), len(h) * sae.d_sae)
+        index, u, count = triton.largest(left, right, b, bar, norm, wanted, room)
+        code = _code(sae, index, u, h, triton, norm)
+        n, fine = torch.stack([count, ((bar > 0) & u.isfinite().all()).to(count)]).tolist()
+        if not fine:
+            return None
+        if wanted <= n <= room:
+            return code
+    return None
+
+
+@_without_autocast
 def sparse_loss(
     sae: MatryoshkaSAE,
     code: SparseCode,
@@ -160,22 +223,25 @@ def sparse_loss(
 
     leaves, coefficient, sparsity = _local(sae, code, widths, weights)
     c = coefficient.detach()
-    scaled = (weights * (-2 * share / batch)).tolist()
+    order, ends = use.by_latent(latents, d_sae)
+    scaled, target = (weights * (-2 * share / batch)).tolist(), y - b_dec
     dead = dead if aux.coefficient > 0 else None
-    if dead is None or (aux.detach and not aux.per_level):
-        told, to_c, errors, outermost = use.residuals_and_tell(
-            c, latents, bins, W_dec, y - b_dec, scaled, stop_gradient
+    if use is compiled and compiled.able(c, W_dec, target) and (dead is None or (aux.detach and not aux.per_level)):
+        to_c, to_W_dec, to_b_dec, errors, outermost = compiled.decode(
+            c, latents, bins, W_dec, target, scaled, stop_gradient, order, ends
         )
         auxiliary, _, to_dead = _auxiliary(sae, code.h, [outermost], [d_sae], aux, share, dead)
     else:
-        left, errors = use.residuals(c, latents, bins, W_dec, y - b_dec, levels)
+        left, errors = use.residuals(c, latents, bins, W_dec, target, levels)
         answering = range(levels) if aux.per_level else [levels - 1]
         residuals, edges = [left[:, level] for level in answering], [widths[level] for level in answering]
         auxiliary, to_residual, to_dead = _auxiliary(sae, code.h, residuals, edges, aux, share, dead)
         to_left = {answering[i]: gradient for i, gradient in to_residual.items()}
         told, to_c = use.tell(left, scaled, stop_gradient, to_left, latents, bins, W_dec)
+        to_W_dec = use.rows_sum(told.flatten(0, 1), bins[order], c[order], ends)
+        to_b_dec = told[:, 0].sum(0)
     errors = errors * share
-    total = (weights.to(errors) * errors).sum().to(y.dtype) + aux.coefficient * auxiliary
+    total = (_sent(weights, errors) * errors).sum().to(y.dtype) + aux.coefficient * auxiliary
 
     to_u, to_norm, to_threshold = to_c, None, None  # for BatchTopK and TopK the coefficient is u
     if leaves:
@@ -184,25 +250,23 @@ def sparse_loss(
         outputs, given = (
             ([coefficient, sparsity], [to_c, weight]) if sparsity.requires_grad else ([coefficient], [to_c])
         )
-        found = iter(torch.autograd.grad(outputs, list(leaves.values()), given, allow_unused=True))
-        to_u, to_norm, to_threshold = (next(found) if name in leaves else None for name in ("u", "norm", "threshold"))
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), given, allow_unused=True)
+        by_name = dict(zip(leaves, gradients, strict=True))
+        to_u, to_norm, to_threshold = by_name["u"], by_name.get("norm"), by_name.get("threshold")
 
-    order, ends = use.by_latent(latents, d_sae)
-    to_W_dec = use.rows_sum(told.flatten(0, 1), bins[order], c[order], ends)
     to_W_enc = use.rows_sum(code.h, rows[order], to_u[order], ends)
-    to_b_enc = to_u.new_zeros(d_sae).index_add_(0, latents, to_u)
-    to_b_dec = told[:, 0].sum(0)
+    to_b_enc = _sums(latents, to_u, d_sae)
     if to_norm is not None:
         to_W_dec += W_dec * (to_norm / W_dec.norm(dim=1))[:, None]
-    for index, *gradients in to_dead:
-        for whole, part in zip((to_W_enc, to_b_enc, to_W_dec), gradients, strict=True):
+    for index, *of_dead in to_dead:
+        for whole, part in zip((to_W_enc, to_b_enc, to_W_dec), of_dead, strict=True):
             whole.index_add_(0, index, part)
     if sae.apply_b_dec_to_input:
         to_b_dec -= to_b_enc @ W_enc
     known = {sae.W_enc: to_W_enc.T, sae.b_enc: to_b_enc, sae.W_dec: to_W_dec, sae.b_dec: to_b_dec}
     if isinstance(sae.threshold, nn.Parameter):
         assert to_threshold is not None
-        known[sae.threshold] = to_threshold.new_zeros(d_sae).index_add_(0, latents, to_threshold)
+        known[sae.threshold] = _sums(latents, to_threshold, d_sae)
     return _Given.apply(total, list(known.values()), *known), errors, auxiliary.detach(), sparsity.detach()
 
 
@@ -234,9 +298,14 @@ def reconstruct(
     return code.fired(), list(left.neg_().unbind(1))
 
 
+def _sent(tensor: Tensor, to: Tensor) -> Tensor:
+    """A small tensor of the host in the type and on the device of another, without waiting for that."""
+    return tensor.to(to.device, to.dtype, non_blocking=True)
+
+
 def _bins(code: SparseCode, widths: Sequence[int]) -> Tensor:
     """row · levels + the innermost level of each entry."""
-    edges = torch.tensor(list(widths), device=code.latents.device)
+    edges = _sent(torch.tensor(list(widths)), code.latents)
     return code.rows * len(widths) + torch.searchsorted(edges, code.latents, right=True)
 
 
@@ -263,7 +332,7 @@ def _local(
             sparsity = l0_penalty(active.new_zeros(len(code.h)).index_add(0, code.rows, active), sae.k)
         else:
             paying = acts if sae.rescale_acts_by_decoder_norm else acts * each_norm
-            paid = paid_by_latent(widths, weights, sae.d_sae).to(paying)[code.latents]
+            paid = _sent(paid_by_latent(widths, weights, sae.d_sae), paying)[code.latents]
             sparsity = (PENALTIES[sae.sparsity](paying) * paid).sum() / len(code.h)
     return leaves, coefficient, sparsity
 

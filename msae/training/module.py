@@ -30,6 +30,7 @@ from msae.sae import (
 )
 from msae.sae.adam import Decoder
 from msae.sae.initial import Init
+from msae.sae.kernels import triton
 from msae.sae.model import Normalise, Sparsity
 from msae.sae.sparse import Kernels
 
@@ -263,8 +264,10 @@ class MatryoshkaTraining(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         large = self.kernels == "auto" and self.sae.W_enc.numel() >= 1 << 18  # less is not worth a compiler's seconds
-        use_compiled = large or self.kernels == "compiled"
-        optimizer = DictionaryAdam(self.sae, self.lr, self.betas, self.grad_clip, self.decoder, use_compiled)
+        if self.kernels == "triton":
+            triton.require(self.sae.W_dec.device)  # now, not at the first step
+        kernels = "compiled" if large else self.kernels
+        optimizer = DictionaryAdam(self.sae, self.lr, self.betas, self.grad_clip, self.decoder, kernels)
         total = self.trainer.max_steps  # not estimated_stepping_batches: touching that loses the loader's state
         assert total > 0, "training needs trainer.max_steps"
         share = self.sparsity_warmup_steps

@@ -329,37 +329,73 @@ void msae_collect(void* handle, int64_t* flat, float* values) {
 
 // left [batch, levels, d] = target − Σ acts W_dec of the latents up to each level; squares [blocks, batch, levels],
 // ‖left‖² of each block of columns. Entries of bin row · levels + level are those from ends[bin] to ends[bin + 1].
-// With `weights`, while they are in cache: outermost [batch, d] = left of the last level; in place, left[l] ← Σ over
-// levels m ≥ l of weights[m] left[m] (of level l alone with stop_gradient); and what each entry is told,
-// ⟨left[its bin], W_dec[its latent]⟩: dots [blocks, entries], of each block of columns.
 void msae_residuals(const float* acts, const int64_t* latents, const int64_t* ends, const float* W_dec,
                     const float* target, int64_t batch, int64_t levels, int64_t d, float* left, double* squares,
-                    const float* weights, int64_t stop_gradient, float* outermost, float* dots, int threads) {
-  int64_t entries = ends[batch * levels];
+                    int threads) {
   auto minus = [&](int64_t e) { return -acts[e]; };
   parallel_blocks(batch, 128, d, threads, [&](int64_t block, int64_t from, int64_t to, int64_t k, int64_t width) {
     for (int64_t i = from; i < to; ++i) {
       const float* before = target + i * d + k;
-      const int64_t* end = ends + i * levels;
-      float* level = left + i * levels * d + k;
       for (int64_t l = 0; l < levels; ++l) {
-        float* here = level + l * d;
+        float* here = left + (i * levels + l) * d + k;
+        const int64_t* end = ends + i * levels + l;
         std::memcpy(here, before, width * sizeof(float));
-        gather(here, W_dec + k, latents, minus, end[l], end[l + 1], d, width);
+        gather(here, W_dec + k, latents, minus, end[0], end[1], d, width);
         squares[(block * batch + i) * levels + l] = square(here, width);
         before = here;
       }
-      if (!weights) continue;
-      std::memcpy(outermost + i * d + k, before, width * sizeof(float));
-      for (int64_t l = levels - 1; l >= 0; --l) {
-        float *here = level + l * d, weight = weights[l];
-        for (int64_t c = 0; c < width; ++c) here[c] *= weight;
-        if (l < levels - 1 && !stop_gradient) add(here, here + d, 1, width);
-        for (int64_t e = end[l]; e < end[l + 1]; ++e)
-          dots[block * entries + e] = dot(here, W_dec + latents[e] * d + k, width);
-      }
     }
   });
+}
+
+// The residuals and all that follows from them, a block of columns after the other, so that it stays in cache:
+// told [batch, levels, COLUMNS] is room for it, Σ over levels m ≥ l of weights[m] left[m] (of level l alone with
+// stop_gradient). Added to squares [batch, levels], ‖left‖², and to dots [entries], ⟨told[its bin], W_dec[its latent]⟩.
+// outermost [batch, d] = left of the last level; to_W_dec [d_sae, d] = Σ acts told over the entries of each latent,
+// given as acts_by_latent, bins_by_latent, latent_ends; to_b_dec [d] = Σ told of level 0.
+void msae_decode(const float* acts, const int64_t* latents, const int64_t* ends, const float* acts_by_latent,
+                 const int64_t* bins_by_latent, const int64_t* latent_ends, const float* W_dec, const float* target,
+                 const float* weights, int64_t batch, int64_t levels, int64_t d, int64_t d_sae, int64_t stop_gradient,
+                 float* told, double* squares, float* dots, float* outermost, float* to_W_dec, float* to_b_dec,
+                 int threads) {
+  auto minus = [&](int64_t e) { return -acts[e]; };
+  auto plus = [&](int64_t e) { return acts_by_latent[e]; };
+  for (int64_t k = 0; k < d; k += COLUMNS) {
+    int64_t width = std::min(COLUMNS, d - k);
+    parallel_ranges(batch, 64, threads, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
+        const float* before = target + i * d + k;
+        const int64_t* end = ends + i * levels;
+        float* level = told + i * levels * COLUMNS;
+        for (int64_t l = 0; l < levels; ++l) {
+          float* here = level + l * COLUMNS;
+          std::memcpy(here, before, width * sizeof(float));
+          gather(here, W_dec + k, latents, minus, end[l], end[l + 1], d, width);
+          squares[i * levels + l] += square(here, width);
+          before = here;
+        }
+        std::memcpy(outermost + i * d + k, before, width * sizeof(float));
+        for (int64_t l = levels - 1; l >= 0; --l) {
+          float *here = level + l * COLUMNS, weight = weights[l];
+          for (int64_t c = 0; c < width; ++c) here[c] *= weight;
+          if (l < levels - 1 && !stop_gradient) add(here, here + COLUMNS, 1, width);
+          for (int64_t e = end[l]; e < end[l + 1]; ++e) dots[e] += dot(here, W_dec + latents[e] * d + k, width);
+        }
+      }
+    });
+    parallel_ranges(d_sae + 1, 64, threads, [&](int64_t from, int64_t to) {
+      for (int64_t j = from; j < std::min(to, d_sae); ++j) {
+        float* here = to_W_dec + j * d + k;
+        std::memset(here, 0, width * sizeof(float));
+        gather(here, told, bins_by_latent, plus, latent_ends[j], latent_ends[j + 1], COLUMNS, width);
+      }
+      if (to <= d_sae) return;
+      std::vector<double> sums(width, 0);
+      for (int64_t i = 0; i < batch; ++i)
+        for (int64_t c = 0; c < width; ++c) sums[c] += told[i * levels * COLUMNS + c];
+      std::copy(sums.begin(), sums.end(), to_b_dec + k);
+    });
+  }
 }
 
 // --- the gradients of weights ----------------------------------------------------------------------------------------

@@ -82,6 +82,9 @@ def able(*tensors: Tensor) -> bool:
     return fits and library() is not None
 
 
+able_to_step = able
+
+
 def call(name: str, *arguments: Tensor | int | float | None) -> Any:
     """Call a function with tensors as pointers; whole numbers are int64, but `threads`, the last, an int."""
 
@@ -132,13 +135,15 @@ def residuals(
     """As `plain.residuals`, a row at a time."""
     if not able(acts, W_dec, target):
         return plain.residuals(acts, latents, bins, W_dec, target, levels)
-    left, squares = _buffers(target, levels)
-    ends = plain.bin_ends(bins, len(target) * levels)
-    call("msae_residuals", acts, latents, ends, W_dec, target, *left.shape, left, squares, None, 0, None, None)
+    batch, d = target.shape
+    left = target.new_empty(batch, levels, d)
+    squares = target.new_empty(-(-d // library().msae_columns()), batch, levels, dtype=torch.float64)
+    ends = plain.bin_ends(bins, batch * levels)
+    call("msae_residuals", acts, latents, ends, W_dec, target, batch, levels, d, left, squares)
     return left, squares.sum(0).mean(0)
 
 
-def residuals_and_tell(
+def decode(
     acts: Float[Tensor, " n"],
     latents: Int[Tensor, " n"],
     bins: Int[Tensor, " n"],
@@ -146,23 +151,30 @@ def residuals_and_tell(
     target: Float[Tensor, "batch d_out"],
     weights: Sequence[float],
     stop_gradient: bool,
-) -> plain.Told:
-    """As `plain.residuals_and_tell`, both while a row is in cache."""
-    if not able(acts, W_dec, target):
-        return plain.residuals_and_tell(acts, latents, bins, W_dec, target, weights, stop_gradient)
-    left, squares = _buffers(target, len(weights))
-    outermost, dots = torch.empty_like(target), target.new_empty(len(squares), len(latents))
-    ends, scales = plain.bin_ends(bins, len(target) * len(weights)), torch.tensor(weights)
-    rest = (left, squares, scales, int(stop_gradient), outermost, dots)
-    call("msae_residuals", acts, latents, ends, W_dec, target, *left.shape, *rest)
-    return left, dots.sum(0), squares.sum(0).mean(0), outermost
+    order: Int[Tensor, " n"],
+    latent_ends: Int[Tensor, " d_sae_and_1"],
+) -> tuple[
+    Float[Tensor, " n"],
+    Float[Tensor, "d_sae d_out"],
+    Float[Tensor, " d_out"],
+    Float[Tensor, " levels"],
+    Float[Tensor, "batch d_out"],
+]:
+    """All of a decoder's step in blocks of columns, without ever holding the residuals of all levels.
 
-
-def _buffers(target: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """The residuals of all levels, and each row's squares of every block of columns, to be filled."""
-    batch, d = target.shape
-    blocks = -(-d // library().msae_columns())
-    return target.new_empty(batch, levels, d), target.new_empty(blocks, batch, levels, dtype=torch.float64)
+    The gradients of acts, W_dec and b_dec, the errors of `plain.residuals`, and the outermost residual: as of
+    `plain.tell` after it, of `plain.rows_sum` over each latent's entries (`order`, `latent_ends` of `by_latent`), and
+    of a sum over all rows.
+    """
+    (batch, d), (levels, d_sae) = target.shape, (len(weights), len(W_dec))
+    told = target.new_empty(batch, levels, library().msae_columns())
+    squares, dots = target.new_zeros(batch, levels, dtype=torch.float64), torch.zeros_like(acts)
+    outermost, to_W_dec, to_b_dec = torch.empty_like(target), torch.empty_like(W_dec), target.new_empty(d)
+    by_latent = (acts[order], bins[order], latent_ends)
+    given = (acts, latents, plain.bin_ends(bins, batch * levels), *by_latent, W_dec, target, torch.tensor(weights))
+    sizes, made = (batch, levels, d, d_sae, int(stop_gradient)), (told, squares, dots, outermost, to_W_dec, to_b_dec)
+    call("msae_decode", *given, *sizes, *made)
+    return dots, to_W_dec, to_b_dec, squares.mean(0), outermost
 
 
 def project(grad: Float[Tensor, "rows d"], W: Float[Tensor, "rows d"] | None) -> Float[Tensor, " rows"]:
@@ -177,14 +189,14 @@ def adam(
     W: Float[Tensor, "rows d"],
     grad: Float[Tensor, "rows d"],
     state: tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"]],
-    scale: float,
+    scale: Float[Tensor, ""],
     lr: float,
     betas: tuple[float, float],
     eps: float,
-    step: int,
+    step: Float[Tensor, ""],
     unit_norm: bool,
 ) -> None:
     """Adam's update with the gradient × scale, then rows of unit norm if wanted: one pass over memory."""
     (beta1, beta2), (rows, d) = betas, W.shape
-    step_size, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
-    call("msae_adam", W, grad, *state, rows, d, scale, beta1, beta2, step_size, root, eps, unit_norm)
+    step_size, root = lr / (1 - beta1 ** int(step)), math.sqrt(1 - beta2 ** int(step))
+    call("msae_adam", W, grad, *state, rows, d, float(scale), beta1, beta2, step_size, root, eps, unit_norm)

@@ -8,9 +8,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-Told = tuple[  # told, ⟨told, W_dec row⟩ of each entry, E‖residual‖² of each level, the outermost residual
-    Float[Tensor, "batch levels d_out"], Float[Tensor, " n"], Float[Tensor, " levels"], Float[Tensor, "batch d_out"]
-]
 ROWS, LATENTS = 2048, 1024  # of a tile: 8 MB of float32, which stays in cache between the product and the filter
 
 
@@ -142,21 +139,6 @@ def tell(
         if level < levels - 1 and not stop_gradient:
             left[:, level].add_(left[:, level + 1])
     return left, _dots(left.flatten(0, 1), latents, bins, W_dec)
-
-
-def residuals_and_tell(
-    acts: Float[Tensor, " n"],
-    latents: Int[Tensor, " n"],
-    bins: Int[Tensor, " n"],
-    W_dec: Float[Tensor, "d_sae d_out"],
-    target: Float[Tensor, "batch d_out"],
-    weights: Sequence[float],
-    stop_gradient: bool,
-) -> Told:
-    """`residuals`, then `tell` where nothing is to be subtracted."""
-    left, errors = residuals(acts, latents, bins, W_dec, target, len(weights))
-    outermost = left[:, -1].clone()
-    return *tell(left, weights, stop_gradient, {}, latents, bins, W_dec), errors, outermost
 
 
 def _dots(table: Tensor, latents: Tensor, bins: Tensor, W_dec: Tensor) -> Tensor:
