@@ -80,7 +80,7 @@ def bare_step(module: MatryoshkaTraining, x: torch.Tensor) -> Any:
     """A step of a copy of the module's SAE as it is now, on its own and on these rows; weights stay where they are."""
     sae = copy.deepcopy(module.sae)
     kernels = choose_kernels(module.kernels, sae, x)
-    optimizer = DictionaryAdam(sae, 0.0, module.betas, module.grad_clip, module.decoder, kernels == "compiled")
+    optimizer = DictionaryAdam(sae, 0.0, module.betas, module.grad_clip, module.decoder, kernels)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -147,8 +147,8 @@ class MatryoshkaSAE(nn.Module):
 
     def encoder_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """s (x − μ) − b_dec, or s (x − μ) where b_dec is not applied to the input."""
-        x = ((x - self.mean) * self.scale).to(self.W_enc.dtype)
-        return x - self.b_dec if self.apply_b_dec_to_input else x
+        x = (x - self.mean).mul_(self.scale).to(self.W_enc.dtype)  # in place: a batch held once less
+        return x.sub_(self.b_dec) if self.apply_b_dec_to_input else x
 
     def select(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """The latent activations of a training batch."""
@@ -209,7 +209,7 @@ class MatryoshkaSAE(nn.Module):
 
     def normalise_target(self, y: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_out"]:
         """y' = s_y (y − μ_y), what the decoder reconstructs."""
-        return ((y - self.target_mean) * self.target_scale).to(y.dtype)
+        return (y - self.target_mean).mul_(self.target_scale).to(y.dtype)
 
     def unscale(self, recon: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_out"]:
         """Raw units: recon / s_y + μ_y."""

@@ -227,10 +227,11 @@ def sparse_loss(
     scaled, target = (weights * (-2 * share / batch)).tolist(), y - b_dec
     dead = dead if aux.coefficient > 0 else None
     if use is compiled and compiled.able(c, W_dec, target) and (dead is None or (aux.detach and not aux.per_level)):
-        to_c, to_W_dec, to_b_dec, errors, outermost = compiled.decode(
-            c, latents, bins, W_dec, target, scaled, stop_gradient, order, ends
+        outermost = [] if dead is None else [torch.empty_like(target)]
+        to_c, to_W_dec, to_b_dec, errors = compiled.decode(
+            c, latents, bins, W_dec, target, scaled, stop_gradient, order, ends, *outermost
         )
-        auxiliary, _, to_dead = _auxiliary(sae, code.h, [outermost], [d_sae], aux, share, dead)
+        auxiliary, _, to_dead = _auxiliary(sae, code.h, outermost, [d_sae][: len(outermost)], aux, share, dead)
     else:
         left, errors = use.residuals(c, latents, bins, W_dec, target, levels)
         answering = range(levels) if aux.per_level else [levels - 1]

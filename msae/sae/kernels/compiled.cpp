@@ -351,7 +351,7 @@ void msae_residuals(const float* acts, const int64_t* latents, const int64_t* en
 // The residuals and all that follows from them, a block of columns after the other, so that it stays in cache:
 // told [batch, levels, COLUMNS] is room for it, Σ over levels m ≥ l of weights[m] left[m] (of level l alone with
 // stop_gradient). Added to squares [batch, levels], ‖left‖², and to dots [entries], ⟨told[its bin], W_dec[its latent]⟩.
-// outermost [batch, d] = left of the last level; to_W_dec [d_sae, d] = Σ acts told over the entries of each latent,
+// outermost [batch, d] = left of the last level, if wanted; to_W_dec [d_sae, d] = Σ acts told over the entries of each latent,
 // given as acts_by_latent, bins_by_latent, latent_ends; to_b_dec [d] = Σ told of level 0.
 void msae_decode(const float* acts, const int64_t* latents, const int64_t* ends, const float* acts_by_latent,
                  const int64_t* bins_by_latent, const int64_t* latent_ends, const float* W_dec, const float* target,
@@ -374,7 +374,7 @@ void msae_decode(const float* acts, const int64_t* latents, const int64_t* ends,
           squares[i * levels + l] += square(here, width);
           before = here;
         }
-        std::memcpy(outermost + i * d + k, before, width * sizeof(float));
+        if (outermost) std::memcpy(outermost + i * d + k, before, width * sizeof(float));
         for (int64_t l = levels - 1; l >= 0; --l) {
           float *here = level + l * COLUMNS, weight = weights[l];
           for (int64_t c = 0; c < width; ++c) here[c] *= weight;

@@ -153,28 +153,23 @@ def decode(
     stop_gradient: bool,
     order: Int[Tensor, " n"],
     latent_ends: Int[Tensor, " d_sae_and_1"],
-) -> tuple[
-    Float[Tensor, " n"],
-    Float[Tensor, "d_sae d_out"],
-    Float[Tensor, " d_out"],
-    Float[Tensor, " levels"],
-    Float[Tensor, "batch d_out"],
-]:
+    outermost: Float[Tensor, "batch d_out"] | None = None,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "d_sae d_out"], Float[Tensor, " d_out"], Float[Tensor, " levels"]]:
     """All of a decoder's step in blocks of columns, without ever holding the residuals of all levels.
 
-    The gradients of acts, W_dec and b_dec, the errors of `plain.residuals`, and the outermost residual: as of
-    `plain.tell` after it, of `plain.rows_sum` over each latent's entries (`order`, `latent_ends` of `by_latent`), and
-    of a sum over all rows.
+    The gradients of acts, W_dec and b_dec, as of `plain.tell`, of `plain.rows_sum` over each latent's entries (`order`,
+    `latent_ends` of `by_latent`) and of a sum over all rows; and the errors of `plain.residuals`, whose last level goes
+    into `outermost` if that is given.
     """
     (batch, d), (levels, d_sae) = target.shape, (len(weights), len(W_dec))
     told = target.new_empty(batch, levels, library().msae_columns())
     squares, dots = target.new_zeros(batch, levels, dtype=torch.float64), torch.zeros_like(acts)
-    outermost, to_W_dec, to_b_dec = torch.empty_like(target), torch.empty_like(W_dec), target.new_empty(d)
+    to_W_dec, to_b_dec = torch.empty_like(W_dec), target.new_empty(d)
     by_latent = (acts[order], bins[order], latent_ends)
     given = (acts, latents, plain.bin_ends(bins, batch * levels), *by_latent, W_dec, target, torch.tensor(weights))
     sizes, made = (batch, levels, d, d_sae, int(stop_gradient)), (told, squares, dots, outermost, to_W_dec, to_b_dec)
     call("msae_decode", *given, *sizes, *made)
-    return dots, to_W_dec, to_b_dec, squares.mean(0), outermost
+    return dots, to_W_dec, to_b_dec, squares.mean(0)
 
 
 def project(grad: Float[Tensor, "rows d"], W: Float[Tensor, "rows d"] | None) -> Float[Tensor, " rows"]:
