@@ -3,13 +3,15 @@
     python benchmarks/step.py                                        # ours, what is written out, and the floor
     python benchmarks/step.py --peers-python ../peers/bin/python     # and the packages, from their own environment
     python benchmarks/step.py --d-sae 24576 --dead 0.1 --ours dense  # AuxK on for a tenth of the latents
+    python benchmarks/step.py --device cuda --bf16 --ours dense triton --against floor
 
 A step is everything a trainer does for a batch that it has: forward, loss, backward, gradient projection and clipping
 where it has them, its optimizer, renormalisation, its bookkeeping of dead latents and threshold; no logging. All see
 the same rows, sizes and first weights, in float32 on CPU. `msae …` is the default objective with BatchTopK; `saelens`,
 `dictionary_learning` and `bussmann` are Matryoshka too; `sparsify` is not (TopK of each row, one prefix), so it does
 less work. `floor` is the encoder's product alone, x W_enc into a matrix that exists already: no method that computes
-all pre-activations in float32 is faster.
+all pre-activations in float32 is faster. With --device cuda the device is waited for around each step, with --bf16
+encoding and loss are under autocast: both are for ours and the floor alone.
 
 With --dead, that share of the latents is dead in every method for its own AuxK (k d_in / 2, in bussmann 512): their
 counters start there, and their encoder columns are a tenth as long, so that they never fire and stay dead of
@@ -61,13 +63,14 @@ WARM_STEPS = 2
 # --- what is timed ------------------------------------------------------------------------------------------------
 
 
-def msae_step(kernels: str, s: Settings, given: Start) -> Step:
+def msae_step(kernels: str, s: Settings, given: Start, bf16: bool) -> Step:
     """One of our implementations, as `msae.training.module` calls it. Raises ValueError for a name it does not know."""
-    from msae.sae import DictionaryAdam, MatryoshkaSAE, encode_for_training, matryoshka_loss
+    from msae.sae import DictionaryAdam, MatryoshkaSAE, choose_kernels, encode_for_training, matryoshka_loss
 
-    if kernels not in ("dense", "plain", "compiled"):
-        raise ValueError(f"--ours {kernels} is unknown; there are dense, plain and compiled")
-    sae = MatryoshkaSAE(s.d_in, s.d_sae, s.prefixes, s.k)
+    if kernels not in ("dense", "plain", "compiled", "triton"):
+        raise ValueError(f"--ours {kernels} is unknown; there are dense, plain, compiled and triton")
+    sae = MatryoshkaSAE(s.d_in, s.d_sae, s.prefixes, s.k).to(given.x.device)
+    choose_kernels(kernels, sae, given.x)  # refuses what cannot run
     parameters = begin(sae, given)
     sae.set_statistics(given.x.mean(0), float(given.x.square().sum(1).mean()))
     sae.tokens_since_fired[given.dead] = DEAD_AFTER_TOKENS
@@ -75,8 +78,9 @@ def msae_step(kernels: str, s: Settings, given: Start) -> Step:
 
     def run() -> tuple[float, float]:
         optimizer.zero_grad()
-        code = encode_for_training(sae, given.x, kernels)
-        loss = matryoshka_loss(sae, given.x, dead=sae.dead(DEAD_AFTER_TOKENS), code=code)
+        with torch.autocast(given.x.device.type, torch.bfloat16, enabled=bf16):
+            code = encode_for_training(sae, given.x, kernels)
+            loss = matryoshka_loss(sae, given.x, dead=sae.dead(DEAD_AFTER_TOKENS), code=code)
         loss.total.backward()
         sae.update_threshold(code.values.detach(), 0.01)
         sae.update_fired(code.fired(), s.batch)
@@ -86,12 +90,13 @@ def msae_step(kernels: str, s: Settings, given: Start) -> Step:
     return Step(run, lambda: sae.dead(DEAD_AFTER_TOKENS), parameters, optimizer)
 
 
-def floor(s: Settings, given: Start) -> Step:
+def floor(s: Settings, given: Start, bf16: bool) -> Step:
     """The encoder's product into a matrix that exists already; nothing is trained."""
-    out = torch.zeros(s.batch, s.d_sae)
+    x, W_enc = (t.bfloat16() if bf16 else t for t in (given.x, given.W_enc))
+    out = x.new_zeros(s.batch, s.d_sae)
 
     def run() -> tuple[float, float]:
-        torch.mm(given.x, given.W_enc, out=out)
+        torch.mm(x, W_enc, out=out)
         return 0.0, 0.0
 
     return Step(run, lambda: given.dead, {}, None)
@@ -112,25 +117,29 @@ def release_freed_memory() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def serve(name: str, s: Settings) -> None:
+def serve(name: str, s: Settings, device: str, bf16: bool) -> None:
     """Answer each number n on stdin with n timed steps, in JSON on what was stdout; packages print to stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    given = others.start(s)
+    given = Start(*(t.to(device) for t in others.start(s)))
     kernels = name.removeprefix("msae ")
     if kernels != name:
-        step = msae_step(kernels, s, given)
+        step = msae_step(kernels, s, given, bf16)
     else:
-        step = floor(s, given) if name == "floor" else getattr(others, name)(s, given)
+        step = floor(s, given, bf16) if name == "floor" else getattr(others, name)(s, given)
     release_freed_memory()
-    before = resident("VmRSS")  # with the weights, without gradients and optimizer state
+    cuda = device == "cuda"
+    # with the weights, without gradients and optimizer state
+    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     package = PACKAGES.get(name)
     found = f"{package} {version(package)}, " if package else ""
     print(json.dumps(f"{found}torch {torch.__version__}, {torch.get_num_threads()} threads"), file=answers)
     for line in sys.stdin:
         release_freed_memory()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         answer = turn(step, given, int(line))
-        answer["peak"] = resident("VmHWM") - before - held(step)
+        answer["peak"] = (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before - held(step)
         print(json.dumps(answer), file=answers)
         release_freed_memory()
 
@@ -145,6 +154,8 @@ def turn(step: Step, given: Start, n: int) -> dict[str, Any]:
             cpu = time.process_time()
         begun = time.perf_counter()
         loss, aux = step.run()
+        if given.x.is_cuda:
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
         losses.append(loss)
         auxiliary.append(aux)
@@ -223,8 +234,10 @@ def compare(arguments: argparse.Namespace) -> None:
     finally:
         for worker in workers.values():
             worker.process.kill()
+    machine = torch.cuda.get_device_name() if arguments.device == "cuda" else cpu_model()
+    machine += ", bf16" if arguments.bf16 else ""
     print(
-        f"{cpu_model()}; batch {arguments.batch}, d_in {arguments.d_in}, d_sae {arguments.d_sae}, k {arguments.k}, "
+        f"{machine}; batch {arguments.batch}, d_in {arguments.d_in}, d_sae {arguments.d_sae}, k {arguments.k}, "
         f"{arguments.dead:.0%} dead, allocator {arguments.allocator}; {arguments.rounds} × {arguments.steps} steps"
     )
     heads = zip(
@@ -260,11 +273,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of each method in a round")
     parser.add_argument("--allocator", choices=["kept", "default", "untouched"], default="kept")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if (arguments.device, arguments.bf16) != ("cpu", False) and {*arguments.against} - {"floor"}:
+        parser.error("--device cuda and --bf16 are for ours and the floor; add --against floor")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU; use --device cpu")
     if arguments.worker:
         sizes = (arguments.d_in, arguments.d_sae, arguments.batch, arguments.k, arguments.dead)
-        serve(arguments.worker, Settings(*sizes))
+        serve(arguments.worker, Settings(*sizes), arguments.device, arguments.bf16)
     else:
         try:
             compare(arguments)
