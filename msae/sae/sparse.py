@@ -122,7 +122,7 @@ def _encode(sae: MatryoshkaSAE, x: Tensor, use: Any, low: bool, inference: bool)
         flat, u = flat[~(u <= 0)], u[~(u <= 0)]
     else:
         sample = h[:: max(1, len(h) // SAMPLE)]
-        pre = torch.addmm(b, sample, W.T) * scale
+        pre = torch.addmm(b, sample, W.T).mul_(scale)
         if sae.sparsity == "batch_topk" and not inference:
             if on_device:
                 return _batch_topk_unseen(sae, pre, h, left, right, b, norm)
