@@ -116,9 +116,10 @@ class ActivationData(L.LightningDataModule):
         """
         per_step, rows = self.batch_tokens * world * accumulate, sum(self.shards.rows("train"))
         if rows < self.batch_tokens * world:
+            more = "harvest more rows" if self._rolling is None else "raise data.rolling_gb"
             raise ValueError(
                 f"{self.shards.directory} has {rows} training rows, fewer than a batch of "
-                f"{self.batch_tokens} × {world}; lower data.batch_tokens or harvest more rows"
+                f"{self.batch_tokens} × {world}; lower data.batch_tokens or {more}"
             )
         wanted = -(-tokens // per_step)
         if self.exhausted == "stop":

@@ -147,6 +147,7 @@ def locked(directories: list[Path], wait: bool = True) -> Iterator[None]:
 
 def write_chunks(source: Source, directories: dict[str, Path], show: bool) -> None:
     """Write what is missing, chunk by chunk, then truth and manifest."""
+    remove_stale(directories)
     records: dict[str, list[Record]] = {hook: [] for hook in directories}
 
     def find(number: int) -> dict[str, Record | None]:
@@ -160,6 +161,13 @@ def write_chunks(source: Source, directories: dict[str, Path], show: bool) -> No
         if show and bar.n < source.expected_rows():
             bar.total = bar.n
     write_manifests(source, directories, records)
+
+
+def remove_stale(directories: dict[str, Path]) -> None:
+    """Delete what a killed process was writing."""
+    for directory in directories.values():
+        for stale in directory.glob("*.tmp"):
+            stale.unlink()
 
 
 def write_manifests(
@@ -190,9 +198,6 @@ def each_chunk(
     What `find` does not find is made, and written as `before_writing` gives it back. If a core is free for that, a
     chunk is written in a thread while the source makes the next one; what writing raises is then raised after that.
     """
-    for directory in directories.values():
-        for stale in directory.glob("*.tmp"):
-            stale.unlink()
     chunks: Iterator[Chunk] | None = None
     writing: Future[dict[str, Record]] | None = None  # never more than one, so that memory is bounded
     with ThreadPoolExecutor(1, "msae-write") as thread:

@@ -45,6 +45,7 @@ from msae.data.harvest import (
     make_directories,
     read_record,
     refuse_full_disk,
+    remove_stale,
     write_manifests,
 )
 from msae.data.shards import MANIFEST, TRUTH, Shards, checksum, read_manifest, write_json
@@ -203,7 +204,8 @@ class Rolling:
     def _alive(self, rank: int) -> bool:
         """Whether somebody is harvesting."""
         if self.lock is not None:
-            return rank > 0 or (self._thread is not None and self._thread.is_alive())
+            waits = rank > 0 and not self._stop.is_set()  # for the first rank to begin
+            return waits or (self._thread is not None and self._thread.is_alive())
         try:
             with FileLock(self.place / ".lock", timeout=0):
                 return False
@@ -243,6 +245,7 @@ class Rolling:
                     f"{self.window}; set data.rolling_gb as it was, or delete the directory"
                 )
         if self.lock is not None:
+            remove_stale(self.directories)
             self._discard_damaged()
             self._first_window(("val",) if made else ("train", "val"), made, show)
         self.shards = {hook: Shards(directory, self) for hook, directory in self.directories.items()}
@@ -300,8 +303,8 @@ class Rolling:
             return
         assert self._thread is None, "one reading at a time"
         epoch, window = self.find(start) or (0, len(self.stops))
-        for path in self.place.glob("rank-*"):
-            path.unlink()
+        for other in range(1, world):  # of the reading before
+            (self.place / f"rank-{other}").unlink(missing_ok=True)
         self._start = self._reading = self._turn = self.turn(epoch, window)
         self._error, self._asked, self._world = None, {}, world
         self._stop.clear()
@@ -312,6 +315,8 @@ class Rolling:
         self._thread.start()
         try:
             yield
+            if world > 1:  # others may not have come as far
+                self._thread.join()
         finally:
             self.halt()
 
