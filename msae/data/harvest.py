@@ -284,8 +284,11 @@ def read_record(directory: Path, number: int) -> Record | None:
     """A chunk's record, or None if it is missing or damaged."""
     try:
         record = json.loads((directory / record_name(number)).read_text())
-        named = all({"split", "number", "rows", "bytes", "xxh3"} <= entry.keys() for entry in record["shards"])
-        return record if named and {"state", "sum", "sum_square"} <= record.keys() else None
+        sound = all(
+            e["split"] in ("train", "val") and e["number"] == number and {"rows", "bytes", "xxh3"} <= e.keys()
+            for e in record["shards"]
+        )
+        return record if sound and {"state", "sum", "sum_square"} <= record.keys() else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

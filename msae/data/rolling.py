@@ -67,9 +67,9 @@ def roll(source: Source, hook_names: list[str], root: str | Path, gb: float, sho
     if all(is_whole(directory) for directory in whole.values()):
         return {hook: Shards(directory) for hook, directory in whole.items()}
     directories = {hook: directory.with_name(directory.name + "-rolling") for hook, directory in whole.items()}
-    window = window_chunks(source, hook_names, gb)
-    lock: ExitStack | None = None
+    window, lock = 0, None
     if not is_other_rank():
+        window = window_chunks(source, hook_names, gb)
         most = min(gb, sum(source.expected_rows() * source.bytes_per_row(hook) for hook in hook_names) / GB)
         refuse_full_disk(most - make_directories(Path(root), directories), Path(root), "data.rolling_gb")
         lock = ExitStack()
@@ -237,9 +237,11 @@ class Rolling:
         while self.lock is None and not all(path.exists() for path in manifests):
             time.sleep(POLL)
         made = all(path.exists() for path in manifests)
-        for path in manifests:
-            window = read_manifest(path.parent)["window"] if path.exists() else self.window
-            if window != self.window:
+        for path in filter(Path.exists, manifests):
+            window = read_manifest(path.parent).get("window", 0)
+            if self.lock is None:
+                self.window = window
+            elif window != self.window:
                 raise ValueError(
                     f"{path.parent} has windows of {window} chunks, data.rolling_gb={self.budget / GB:g} makes them "
                     f"{self.window}; set data.rolling_gb as it was, or delete the directory"
@@ -277,7 +279,7 @@ class Rolling:
             ):
                 for hook, record in written.items():
                     records[hook].append(record)
-                bar.update(sum(entry["rows"] for entry in record["shards"]))
+                bar.update(sum(entry["rows"] for entry in record["shards"] if entry["split"] == "train"))
         done = len(next(iter(records.values())))
         if not made:
             write_manifests(self.source, self.directories, records, self.window)
@@ -301,7 +303,7 @@ class Rolling:
         if self.lock is None or rank > 0:
             yield
             return
-        assert self._thread is None, "one reading at a time"
+        assert self._thread is None or not self._thread.is_alive(), "one reading at a time"
         epoch, window = self.find(start) or (0, len(self.stops))
         for other in range(1, world):  # of the reading before
             (self.place / f"rank-{other}").unlink(missing_ok=True)
@@ -378,8 +380,10 @@ class Rolling:
         if number < self.window and None in self._found(number, ("val",)).values():
             wanted.add("val")
         splits = {split: rows for split, rows in chunk.splits.items() if split in wanted}
-        need = 0
-        for rows in splits.values():
+        need, (most, _) = 0, self.source.most_rows()
+        for split, rows in splits.items():
+            found = len(rows.activations[next(iter(self.directories))])
+            assert split == "val" or found <= most, f"a chunk of {found} rows, the source promised at most {most}"
             index = sum(t.nbytes for t in rows.index.values())
             need += sum(rows.activations[hook].nbytes + index + HEADER for hook in self.directories)
             need += sum(rows.scales[hook].nbytes for hook in self.directories if hook in rows.scales)
