@@ -199,8 +199,10 @@ def run_directory(name: str, runs: str = "runs", run_dir: str | None = None, res
     Every rank of a distributed run gets the same. Raises ValueError where `run_dir` already holds a run and
     `resume` is False.
     """
+    from msae.data.rolling import is_other_rank  # imports torch, which a mistake in the command need not wait for
+
     # Ranks above 0 are started with the environment of rank 0, which was here first.
-    if any(int(os.environ.get(v, 0)) > 0 for v in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")):
+    if is_other_rank():
         shared = os.environ.get("MSAE_RUN_DIR", run_dir)
         if shared is None:
             raise ValueError("the launcher starts every rank by itself: give run_dir=… so that they share one")

@@ -22,6 +22,11 @@ def main(cfg: DictConfig) -> None:
     from msae.data.datamodule import ActivationData  # imports Lightning, which takes seconds
 
     data: ActivationData = instantiate(cfg.data)
+    if data.rolling_gb is not None:
+        raise ValueError(
+            f"data.rolling_gb={data.rolling_gb:g} harvests while training reads: run python -m msae.train, "
+            "or harvest the whole with data.rolling_gb=null"
+        )
     for hook, shards in harvest(data.source, data.root, data.max_disk_gb).items():
         rows = {split: sum(shards.rows(split)) for split in ("train", "val")}
         print(

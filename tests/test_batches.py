@@ -54,6 +54,9 @@ class Numbered:
     def expected_rows(self) -> int:
         return sum(map(sum, self.sizes.values()))
 
+    def most_rows(self) -> tuple[int, int]:
+        return max(self.sizes["train"]), sum(self.sizes["val"])
+
     def d_in(self, hook_name: str) -> int:
         return len(FACTORS[hook_name])
 

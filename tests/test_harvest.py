@@ -48,6 +48,9 @@ class TextLike:
     def expected_rows(self) -> int:
         return self.promised
 
+    def most_rows(self) -> tuple[int, int]:
+        return self.rows + 1, self.count
+
     def d_in(self, hook_name: str) -> int:
         return D_IN[hook_name]
 

@@ -6,6 +6,7 @@ import lightning as L
 
 from msae.data.batches import TrainBatches, ValBatches
 from msae.data.harvest import harvest
+from msae.data.rolling import Rolling, roll
 from msae.data.shards import Shards
 from msae.data.source import Source
 
@@ -18,6 +19,9 @@ class ActivationData(L.LightningDataModule):
 
     `exhausted` says what happens when the training budget is longer than the data: `repeat` reads the rows again in
     another order, `stop` ends training after one epoch. `batch_tokens` is per device. `max_disk_gb` caps the harvest.
+
+    `rolling_gb`: instead of harvesting before training, do so while it reads, with at most so many GB of shards on disk
+    (`msae.data.rolling`); every epoch harvests again. A whole harvest is used where there is one.
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class ActivationData(L.LightningDataModule):
         val_rows: int | None = None,
         prefetch: int = 4,
         target_hook_name: str | None = None,
+        rolling_gb: float | None = None,
     ) -> None:
         super().__init__()
         if batch_tokens <= 0:
@@ -52,6 +57,12 @@ class ActivationData(L.LightningDataModule):
                 f"data.target_hook_name={target_hook_name} is the input itself; drop it, or set data.hook_name to "
                 "another of data.source.hook_names"
             )
+        if rolling_gb is not None and exhausted == "stop":
+            raise ValueError(
+                "data.exhausted=stop needs the number of rows before training, which data.rolling_gb learns only at "
+                "the end of the data; drop one of the two, and set tokens=… to the rows you want"
+            )
+        self.rolling_gb = rolling_gb
         self.exhausted, self.max_disk_gb, self.val_rows, self.prefetch = (
             exhausted,
             max_disk_gb,
@@ -72,8 +83,31 @@ class ActivationData(L.LightningDataModule):
 
     def _open(self) -> dict[str, Shards]:
         if self._opened is None:
-            self._opened = harvest(self.source, self.root, self.max_disk_gb)
+            if self.rolling_gb is None:
+                self._opened = harvest(self.source, self.root, self.max_disk_gb)
+            else:
+                hooks = [self.hook_name, *filter(None, [self.target_hook_name])]
+                self._opened = roll(self.source, hooks, self.root, self.rolling_gb)
         return self._opened
+
+    @property
+    def _rolling(self) -> Rolling | None:
+        return None if self._opened is None else self._opened[self.hook_name].rolling
+
+    def close(self) -> None:
+        """End a rolling harvest and let go of its directory."""
+        if self._rolling is not None:
+            self._rolling.close()
+        self._opened = None
+
+    def teardown(self, stage: str) -> None:
+        """Stop harvesting ahead once training has ended."""
+        if self._rolling is not None:
+            self._rolling.halt()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """The same when it has failed."""
+        self.teardown("fit")
 
     def steps(self, tokens: int, world: int = 1, accumulate: int = 1) -> int:
         """Optimizer steps for a token budget: ceil(tokens / (batch_tokens · world · accumulate)), or one epoch.
@@ -82,9 +116,10 @@ class ActivationData(L.LightningDataModule):
         """
         per_step, rows = self.batch_tokens * world * accumulate, sum(self.shards.rows("train"))
         if rows < self.batch_tokens * world:
+            more = "harvest more rows" if self._rolling is None else "raise data.rolling_gb"
             raise ValueError(
                 f"{self.shards.directory} has {rows} training rows, fewer than a batch of "
-                f"{self.batch_tokens} × {world}; lower data.batch_tokens or harvest more rows"
+                f"{self.batch_tokens} × {world}; lower data.batch_tokens or {more}"
             )
         wanted = -(-tokens // per_step)
         if self.exhausted == "stop":

@@ -141,6 +141,13 @@ class LanguageModelSource:
         """The most val rows: `val_tokens`, or its share if that is less, so that the estimate is close."""
         return min(self.val_tokens, math.ceil(self.tokens * self.val_fraction / (1 - self.val_fraction)))
 
+    def most_rows(self) -> tuple[int, int]:
+        """Every token of a chunk's train sequences, and the limit of val rows."""
+        return self._chunk_sequences() * self.context, self._val_limit()
+
+    def _chunk_sequences(self) -> int:
+        return max(1, self.chunk_tokens // self.context)
+
     def d_in(self, hook_name: str) -> int:
         """The width of a row, found by running the model on a few tokens. Raises as `chunks` does."""
         if self._widths is None:
@@ -171,7 +178,7 @@ class LanguageModelSource:
             tokenizer,
             context=self.context,
             tokens=self.tokens,
-            chunk_sequences=max(1, self.chunk_tokens // self.context),
+            chunk_sequences=self._chunk_sequences(),
             val_fraction=self.val_fraction,
             val_tokens=self._val_limit(),
             prepend_bos=self.prepend_bos,

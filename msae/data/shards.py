@@ -23,7 +23,7 @@ from io import FileIO
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from msae.data.rolling import Rolling
 
 FORMAT, VERSION = "msae-shards", 2  # shards without int8 rows say 1: an older msae reads them
 MANIFEST, TRUTH = "manifest.json", "truth.safetensors"
@@ -154,9 +157,14 @@ class Shards:
     Raises ValueError in one line that names the file, what was found and expected, and what to type next.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: str | Path, rolling: "Rolling | None" = None) -> None:
+        self.directory, self.rolling = Path(directory), rolling
         self.manifest = read_manifest(self.directory)
+        if rolling is None and "window" in self.manifest:
+            raise ValueError(
+                f"{self.directory} is a rolling harvest, of which only some windows are on disk; "
+                "train on it with the same data.rolling_gb, or harvest the whole with data.rolling_gb=null"
+            )
         self.identity: dict[str, Any] = self.manifest["identity"]
         self.d_in: int = self.manifest["d_in"]
         self.entries: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
@@ -167,7 +175,7 @@ class Shards:
         self._begins: dict[tuple[str, int], dict[str, int]] = {}
         self._free: list[Array] = []
         expected = {shard_name(e["split"], e["number"]) for e in self.manifest["shards"]}
-        found = {p.name for p in self.directory.glob("*.safetensors")} - {TRUTH}
+        found = {p.name for p in self.directory.glob("*.safetensors" if rolling is None else "val-*")} - {TRUTH}
         if found - expected:
             extra = self.directory / min(found - expected)
             raise ValueError(f"{extra} is not in the manifest; move it away or delete it")
@@ -178,8 +186,13 @@ class Shards:
             self._check_ends(self.directory / TRUTH, self.manifest["truth"])
 
     def rows(self, split: str) -> list[int]:
-        """Rows of each shard of a split."""
+        """Rows of each shard of a split; while a rolling harvest is in its first pass, of the windows made so far."""
         return [entry["rows"] for entry in self.entries[split]]
+
+    def append(self, split: str, entries: list[dict[str, Any]]) -> None:
+        """Take in shards that a rolling harvest has made since the opening."""
+        self.entries[split] += entries
+        self.first[split] = np.cumsum([0, *self.rows(split)])
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -363,6 +376,9 @@ def check_manifest(manifest: dict[str, Any]) -> None:
         assert all(isinstance(entry[key], str) for key in ("xxh3", "xxh3_ends")), entry
         assert (entry["split"], entry["number"]) not in seen, f"{entry} twice"
         seen.add((entry["split"], entry["number"]))
+    window = manifest.get("window", 1)
+    assert type(window) is int, "window"
+    assert window > 0, "window"
     for key in ("identity", "identity_hash", "provenance", "dtype", "hook_name", "truth"):
         manifest[key]
     statistics = manifest["statistics"]

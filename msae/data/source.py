@@ -61,6 +61,10 @@ class Source(Protocol):
         """How many rows (train and val) the harvest will write at most."""
         ...
 
+    def most_rows(self) -> tuple[int, int]:
+        """The most training rows of one chunk, and the most held-out rows of all chunks together."""
+        ...
+
     def d_in(self, hook_name: str) -> int:
         """The width of a row at this hook."""
         ...

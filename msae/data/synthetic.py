@@ -77,6 +77,9 @@ class TreeSource:
     def expected_rows(self) -> int:
         return self.rows + self.val_rows
 
+    def most_rows(self) -> tuple[int, int]:
+        return min(self.chunk_rows, self.rows), self.val_rows
+
     def d_in(self, hook_name: str) -> int:
         return self.features_count
 

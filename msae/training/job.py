@@ -41,6 +41,14 @@ def run(cfg: DictConfig) -> None:
     if checkpoint is not None:
         refuse_other_settings(checkpoint.parent.parent / "config.yaml", cfg)
     data: ActivationData = instantiate(cfg.data)
+    try:
+        train(cfg, data, checkpoint, started)
+    finally:
+        data.close()
+
+
+def train(cfg: DictConfig, data: ActivationData, checkpoint: Path | None, started: float) -> None:
+    """From the shards to the report."""
     module = build_module(cfg, data)
     check_budget(cfg, data)
     run = checkpoint.parent.parent if checkpoint else run_directory(cfg.name, cfg.runs, cfg.run_dir)
