@@ -348,13 +348,16 @@ class Compiled:
             print(self.function.__name__, str(given[0].dtype), kind, capability, made.metadata.shared)
 
 class Library:
-    INTERPRETED = True
+    INTERPRETED = False
 
+ours.able = lambda *tensors, **types: True
 library = ours.library()
 for name in ("survivors", "residuals", "tell", "rows_sum", "project", "adam"):
     setattr(Library, name, Compiled(getattr(library, name)))
 ours.library = lambda: Library
 h, W, b = torch.zeros(256, 768), torch.zeros(1024, 768), torch.zeros(1024)
+ours.filtered(h, W, b, b, 1024)
+torch.set_float32_matmul_precision("high")
 ours.filtered(h, W, b, b, 1024)
 ours.filtered(h.bfloat16(), W.bfloat16(), b, b, 1024)
 latents, acts = torch.zeros(64, dtype=torch.int64), torch.zeros(64)
@@ -380,8 +383,8 @@ def test_every_function_compiles_for_gpus_within_their_shared_memory(tmp_path, m
     made = [line.split() for line in done.stdout.splitlines()]
     names = ("survivors", "residuals", "tell", "rows_sum", "project", "adam")
     assert {(name, capability) for name, _, _, capability, _ in made} == {(n, c) for n in names for c in SHARED}
-    assert len(made) == 2 * 10
-    for name, dtype, kind, capability, shared in made:
+    # float32 is rounded for tensor cores only where PyTorch was told so
+    kinds = [(dtype, kind) for name, dtype, kind, capability, _ in made if (name, capability) == ("survivors", "80")]
+    assert kinds == [("torch.float32", "fma"), ("torch.float32", "mma"), ("torch.bfloat16", "mma")]
+    for name, dtype, _, capability, shared in made:
         assert int(shared) <= SHARED[capability], (name, dtype, capability)
-        if name == "survivors":  # float32 is not rounded to TF32; bfloat16 is for tensor cores
-            assert kind == ("mma" if dtype == "torch.bfloat16" else "fma")
