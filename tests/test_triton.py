@@ -276,6 +276,14 @@ def test_the_optimizer_resumes_from_that_of_another_kind() -> None:
         assert_close(here, there)
 
 
+def test_the_first_update_is_the_learning_rate_however_slow_the_averages() -> None:
+    """1 − β2 has few digits in float32."""
+    W, grad, one = torch.zeros(1, 100), torch.randn(1, 100), torch.ones((), dtype=torch.float64)
+    state = (torch.zeros(1, 100), torch.zeros(1, 100))
+    ours.adam(W, grad, state, one, 1e-3, (0.9, 0.9999), 1e-30, torch.ones(()), False)
+    assert_close(W, -1e-3 * grad.sign(), rtol=2e-6, atol=0)
+
+
 # --- where it cannot run ------------------------------------------------------------------------------------------
 
 
