@@ -323,6 +323,17 @@ def test_on_a_cpu_it_is_refused_in_one_line(monkeypatch) -> None:
     assert not ours.able(x)
 
 
+def test_an_old_gpu_is_refused_in_one_line(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for capability in ((8, 0), (9, 0), (7, 5)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        if capability >= (8, 0):
+            ours.require(torch.device("cuda"))
+        else:
+            with pytest.raises(ValueError, match=r"expects .* 8.0 or more, Tesla T4 has less; use model.kernels=auto$"):
+                ours.require(torch.device("cuda"))
+
+
 # --- for GPUs -----------------------------------------------------------------------------------------------------
 
 COMPILE = """
