@@ -206,12 +206,14 @@ def test_what_the_filter_cannot_do_is_left_to_the_dense_step(kernels, monkeypatc
 
 
 @every_kernel
-@pytest.mark.parametrize("where", ["x", "W_enc", "b_enc"])
-def test_what_is_not_finite_is_not_hidden(where, kernels) -> None:
+@pytest.mark.parametrize("where", ["x", "a row", "W_enc", "b_enc"])
+def test_what_is_not_finite_is_not_hidden(where, kernels, monkeypatch) -> None:
+    monkeypatch.setattr(sparse_module, "SAMPLE", 8)
     sae, x = tall(kernels)
     with torch.no_grad():
-        (x if where == "x" else getattr(sae, where))[..., 5] = torch.nan
+        (x[3] if where == "a row" else x if where == "x" else getattr(sae, where))[..., 5] = torch.nan
     code = encode_for_training(sae, x, kernels)
+    assert isinstance(code, DenseCode)
     assert not matryoshka_loss(sae, x, code=code).total.isfinite()
 
 

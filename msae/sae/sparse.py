@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,7 @@ from msae.sae.sparsity import PENALTIES, count_above, jumprelu, l0_penalty, paid
 
 KERNELS: dict[str, Any] = {"plain": plain, "compiled": compiled, "triton": triton}
 Kernels = Literal["auto", "dense", "plain", "compiled", "triton"]
+Function = TypeVar("Function", bound=Callable[..., Any])
 SMALLEST = 1 << 24  # multiplications of the encoder below which the dense step is as fast
 WORTH_COMPILING = 1 << 28
 SAMPLE = 64  # rows of the batch itself that say where the bar of BatchTopK's filter must be
@@ -63,8 +64,8 @@ class SparseCode:
 def choose_kernels(kernels: Kernels, sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"]) -> str:
     """What `auto` stands for: `compiled` on a CPU (`plain` without a compiler); `dense` elsewhere, or if small.
 
-    `triton` is only for who asks for it: compiled for GPUs, tested in Triton's interpreter, but never timed on one.
-    Raises ValueError where that is not installed or cannot run.
+    `triton` is only for who asks for it: compiled for GPUs and tested in Triton's interpreter, it has yet to run on
+    one. Raises ValueError where it is not installed or cannot run.
     """
     if kernels == "triton":
         triton.require(sae.W_enc.device)
@@ -84,7 +85,7 @@ def _sums(latents: Tensor, values: Tensor, d_sae: int) -> Tensor:
     return total.index_put_((latents,), values, accumulate=True)
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+def _without_autocast(function: Function) -> Function:
     """Whatever autocast says, the function computes in the type of the weights of its first argument, an SAE."""
 
     @functools.wraps(function)
@@ -92,7 +93,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
         with torch.autocast(sae.W_enc.device.type, enabled=False):
             return function(sae, *given, **named)
 
-    return exactly
+    return exactly  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -116,11 +117,11 @@ def _encode(sae: MatryoshkaSAE, x: Tensor, use: Any, low: bool, inference: bool)
     norm = sae.W_dec.norm(dim=1) if sae.rescale_acts_by_decoder_norm else None
     scale = 1.0 if norm is None else norm
     on_device = use is triton and triton.able(h, W, b)
-    left, right = (h.bfloat16(), W.bfloat16()) if low and on_device else (h, W)
     if sae.sparsity == "topk":
         flat, u = use.row_survivors(h, W, b, int(sae.k), norm)
         flat, u = flat[~(u <= 0)], u[~(u <= 0)]
     else:
+        left, right = (h.bfloat16(), W.bfloat16()) if low and on_device else (h, W)
         sample = h[:: max(1, len(h) // SAMPLE)]
         pre = torch.addmm(b, sample, W.T).mul_(scale)
         if sae.sparsity == "batch_topk" and not inference:

@@ -7,7 +7,6 @@ before the first use, the same functions run on a CPU, slowly.
 
 import functools
 import importlib
-import importlib.util
 import math
 from collections.abc import Container, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ TILES: dict[torch.dtype, dict[str, int]] = {  # of the encoder, whose sums take 
 }
 COLUMNS, AT_ONCE = 256, 8  # columns of a program that gathers rows, and how many rows it asks memory for at once
 CHUNK = 1024  # what a program of the optimizer takes of a parameter that has no rows to keep whole
-WIDEST = 1 << 14  # row that a program of the optimizer can hold
+WIDEST = 1 << 13  # row that a program of the optimizer can hold
 INSTEAD = "use model.kernels=auto"
 
 row_survivors = plain.row_survivors
@@ -33,8 +32,10 @@ row_survivors = plain.row_survivors
 @functools.cache
 def library() -> Any:
     """The Triton functions; on first use, because only who asks for them needs triton. None where it is not."""
-    there = importlib.util.find_spec("triton") is not None
-    return importlib.import_module("msae.sae.kernels.triton_kernels") if there else None
+    try:
+        return importlib.import_module("msae.sae.kernels.triton_kernels")
+    except ImportError:
+        return None
 
 
 def require(device: torch.device) -> None:
