@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from msae.ranks import is_other_rank
 from msae.schema import check
 from msae.sweep import SweepDirectory, claim, force, report, run_job
 
@@ -199,8 +200,6 @@ def run_directory(name: str, runs: str = "runs", run_dir: str | None = None, res
     Every rank of a distributed run gets the same. Raises ValueError where `run_dir` already holds a run and
     `resume` is False.
     """
-    from msae.data.rolling import is_other_rank  # imports torch, which a mistake in the command need not wait for
-
     # Ranks above 0 are started with the environment of rank 0, which was here first.
     if is_other_rank():
         shared = os.environ.get("MSAE_RUN_DIR", run_dir)

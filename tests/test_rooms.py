@@ -46,7 +46,9 @@ def test_imports_run_one_way(path):
         parts = module.split(".")
         if parts[0] == "msae" and room is not None:
             other = parts[1] if len(parts) > 1 else ""
-            allowed = MAY_IMPORT[room] | {room, "progress", ""} | ({"config"} if path.name == "job.py" else set())
+            allowed = (
+                MAY_IMPORT[room] | {room, "progress", "ranks", ""} | ({"config"} if path.name == "job.py" else set())
+            )
             assert other in allowed, f"{relative} imports {module}"
         for package, places in ONLY_IN.items():
             if parts[0] == package:

@@ -16,7 +16,6 @@ not is made again from the state before it, and refused if it comes out other th
 import atexit
 import json
 import math
-import os
 import re
 import sys
 import threading
@@ -51,6 +50,7 @@ from msae.data.harvest import (
 from msae.data.shards import MANIFEST, TRUTH, Shards, checksum, read_manifest, write_json
 from msae.data.source import Chunk, Source
 from msae.progress import progress
+from msae.ranks import is_other_rank
 
 END, POLL = "end.json", 0.02
 HEADER = 1024  # bytes of a shard that are not rows, at most
@@ -80,11 +80,6 @@ def roll(source: Source, hook_names: list[str], root: str | Path, gb: float, sho
     except BaseException:
         rolling.close()
         raise
-
-
-def is_other_rank() -> bool:
-    """Whether this process is not the first of its run; launchers say so in the environment."""
-    return any(int(os.environ.get(v, 0)) > 0 for v in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def window_chunks(source: Source, hook_names: list[str], gb: float) -> int:
