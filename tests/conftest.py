@@ -1,7 +1,9 @@
-"""For every test: array shapes checked at run time, one torch thread, no warning that comes only once."""
+"""For every test: array shapes checked at run time, one torch thread, no warning that comes only once, no logs left."""
 
+import logging
 import os
 
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
@@ -12,3 +14,11 @@ torch.set_num_threads(1)
 torch.set_warn_always(True)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's functions on a CPU
+
+
+@pytest.fixture(autouse=True)
+def no_handler_is_left():
+    """What Hydra adds to the root logger writes to a stream that pytest closes after the test."""
+    yield
+    for handler in [h for h in logging.root.handlers if type(h) is logging.StreamHandler]:
+        logging.root.removeHandler(handler)

@@ -147,7 +147,7 @@ def _encode(sae: MatryoshkaSAE, x: Tensor, use: Any, low: bool, inference: bool)
 def _code(
     sae: MatryoshkaSAE, flat: Tensor, u: Tensor, h: Tensor, use: Any, norm: Tensor | None, inference: bool = False
 ) -> SparseCode:
-    if flat.device.type != "cpu" or not bool((flat[1:] > flat[:-1]).all()):
+    if use is triton or not bool((flat[1:] > flat[:-1]).all()):  # nobody is to wait for that to be seen
         flat, order = flat.sort()
         u = u[order]
     rows = torch.div(flat, sae.d_sae, rounding_mode="floor")
