@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from msae.sae import AuxK, MatryoshkaSAE, Objective, encode_for_training, matryoshka_loss, reconstruct
+from msae.sae import AuxK, MatryoshkaSAE, Objective, encode_for_training, matryoshka_loss, reconstruct, sparse_loss
 from msae.sae import sparse as sparse_module
 from msae.sae.kernels import plain, triton
 from msae.sae.loss import DenseCode
@@ -97,7 +97,7 @@ def tall(
 def small_tiles(monkeypatch) -> None:
     monkeypatch.setattr(plain, "ROWS", 128)
     monkeypatch.setattr(plain, "LATENTS", 100)
-    monkeypatch.setattr(sparse_module, "AUXK_ROWS", 128)
+    monkeypatch.setattr(sparse_loss, "AUXK_ROWS", 128)
     tile = {"ROWS": 16, "LATENTS": 32, "DEPTH": 32, "num_warps": 4, "num_stages": 1}
     monkeypatch.setattr(triton, "TILES", dict.fromkeys(triton.TILES, tile))
 

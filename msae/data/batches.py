@@ -241,10 +241,8 @@ class TrainBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken. Raises ValueError if that place means other rows here."""
-        for key, here in {
-            "target": None,
-            **self._fixed(state["position"]),
-        }.items():  # None: the checkpoint alone may have a target
+        fixed = {"target": None, **self._fixed(state["position"])}  # None: the checkpoint alone may have a target
+        for key, here in fixed.items():
             if state.get(key) != here:
                 raise ValueError(
                     f"the checkpoint was made with {key}={state.get(key)}, this run has {key}={here}, so the batches "

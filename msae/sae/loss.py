@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from msae.sae.auxk import AuxK, auxk_loss
 from msae.sae.model import MatryoshkaSAE
-from msae.sae.sparse import SparseCode, sparse_encode, sparse_errors, sparse_loss
+from msae.sae.sparse import SparseCode, sparse_encode, sparse_errors
+from msae.sae.sparse_loss import sparse_loss
 from msae.sae.sparsity import PENALTIES, paid_by_latent, quadratic_l0
 
 

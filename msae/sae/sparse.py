@@ -1,19 +1,17 @@
-"""The training step by work proportional to what is active: all but the encoder's product is sparse."""
+"""What is active, by work that is sparse in all but the encoder's product, and what it reconstructs."""
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from msae.sae.auxk import AuxK, auxk_level, to_explain
 from msae.sae.kernels import compiled, plain, triton
 from msae.sae.model import MatryoshkaSAE
-from msae.sae.sparsity import PENALTIES, count_above, jumprelu, l0_penalty, paid_by_latent
+from msae.sae.sparsity import jumprelu
 
 KERNELS: dict[str, Any] = {"plain": plain, "compiled": compiled, "triton": triton}
 Kernels = Literal["auto", "dense", "plain", "compiled", "triton"]
@@ -22,7 +20,6 @@ SMALLEST = 1 << 24  # multiplications of the encoder below which the dense step 
 WORTH_COMPILING = 1 << 28
 SAMPLE = 64  # rows of the batch itself that say where the bar of BatchTopK's filter must be
 SLACK = (1.3, 2.6, 10.0)  # how many more than wanted the filter is to let through; the next one when it was too few
-AUXK_ROWS = 512  # at a time: what they need stays in cache
 ROOM = 2  # how many times as many as wanted fit behind a filter that nobody waits for
 DENSEST = 1 / 16  # share of active entries above which the dense step is faster
 
@@ -50,11 +47,11 @@ class SparseCode:
 
     def fired(self) -> Int[Tensor, " d_sae"]:
         """In how many tokens each latent is active."""
-        return _sums(self.latents, (self.acts > 0).long(), self.d_sae)
+        return sums_by_latent(self.latents, (self.acts > 0).long(), self.d_sae)
 
     def mean_square(self, norm: Float[Tensor, " d_sae"] | float) -> Float[Tensor, " d_sae"]:
         """E (acts · norm)² of each latent."""
-        return _sums(self.latents, self.acts.square(), self.d_sae) / len(self.h) * norm**2
+        return sums_by_latent(self.latents, self.acts.square(), self.d_sae) / len(self.h) * norm**2
 
     def dense(self) -> Float[Tensor, "batch d_sae"]:
         """acts as a matrix."""
@@ -77,7 +74,7 @@ def choose_kernels(kernels: Kernels, sae: MatryoshkaSAE, x: Float[Tensor, "batch
     return "compiled" if size >= WORTH_COMPILING and compiled.library() is not None else "plain"
 
 
-def _sums(latents: Tensor, values: Tensor, d_sae: int) -> Tensor:
+def sums_by_latent(latents: Tensor, values: Tensor, d_sae: int) -> Tensor:
     """Σ values of each latent, always in the same order: on a GPU index_put_ sorts, index_add_ would not."""
     total = values.new_zeros(d_sae)
     if values.device.type == "cpu":
@@ -85,7 +82,7 @@ def _sums(latents: Tensor, values: Tensor, d_sae: int) -> Tensor:
     return total.index_put_((latents,), values, accumulate=True)
 
 
-def _without_autocast(function: Function) -> Function:
+def without_autocast(function: Function) -> Function:
     """Whatever autocast says, the function computes in the type of the weights of its first argument, an SAE."""
 
     @functools.wraps(function)
@@ -111,7 +108,7 @@ def sparse_encode(
     return _encode(sae, x, KERNELS[kernels], low, inference)
 
 
-@_without_autocast
+@without_autocast
 def _encode(sae: MatryoshkaSAE, x: Tensor, use: Any, low: bool, inference: bool) -> SparseCode | None:
     h, W, b = sae.encoder_input(x), sae.W_enc.T, sae.b_enc.detach()
     norm = sae.W_dec.norm(dim=1) if sae.rescale_acts_by_decoder_norm else None
@@ -154,7 +151,7 @@ def _code(
     latents = flat - rows * sae.d_sae
     pre = u if norm is None else u * norm[latents]
     threshold = sae.threshold[latents] if sae.sparsity == "jumprelu" and not inference else None
-    return SparseCode(rows, latents, u, _acts(sae, pre, threshold), h, sae.d_sae, use)
+    return SparseCode(rows, latents, u, acts_of(sae, pre, threshold), h, sae.d_sae, use)
 
 
 def _batch_topk(
@@ -199,88 +196,17 @@ def _batch_topk_unseen(
     return None
 
 
-@_without_autocast
-def sparse_loss(
-    sae: MatryoshkaSAE,
-    code: SparseCode,
-    y: Float[Tensor, "batch d_out"],
-    widths: Sequence[int],
-    weights: Float[Tensor, " levels"],
-    share: float,
-    stop_gradient: bool,
-    aux: AuxK,
-    dead: Bool[Tensor, " d_sae"] | None,
-    sparsity_weight: float | Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total with gradient, share · E‖y' − recon_m‖² of each level, aux, sparsity) as in `matryoshka_loss`.
-
-    All gradients are computed here by hand and handed to autograd, which adds them up, reduces them over devices and
-    leaves them in `.grad`, as those of the dense step. There is none for x and y.
-    """
-    use, rows, latents, batch = code.kernels, code.rows, code.latents, len(code.h)
-    levels, d_sae = len(widths), sae.d_sae
-    bins = _bins(code, widths)
-    W_enc, W_dec, b_dec = sae.W_enc.detach().T, sae.W_dec.detach(), sae.b_dec.detach()
-
-    leaves, coefficient, sparsity = _local(sae, code, widths, weights)
-    c = coefficient.detach()
-    order, ends = use.by_latent(latents, d_sae)
-    scaled, target = (weights * (-2 * share / batch)).tolist(), y - b_dec
-    dead = dead if aux.coefficient > 0 else None
-    if use is compiled and compiled.able(c, W_dec, target) and (dead is None or (aux.detach and not aux.per_level)):
-        outermost = [] if dead is None else [torch.empty_like(target)]
-        to_c, to_W_dec, to_b_dec, errors = compiled.decode(
-            c, latents, bins, W_dec, target, scaled, stop_gradient, order, ends, *outermost
-        )
-        auxiliary, _, to_dead = _auxiliary(sae, code.h, outermost, [d_sae][: len(outermost)], aux, share, dead)
-    else:
-        left, errors = use.residuals(c, latents, bins, W_dec, target, levels)
-        answering = range(levels) if aux.per_level else [levels - 1]
-        residuals, edges = [left[:, level] for level in answering], [widths[level] for level in answering]
-        auxiliary, to_residual, to_dead = _auxiliary(sae, code.h, residuals, edges, aux, share, dead)
-        to_left = {answering[i]: gradient for i, gradient in to_residual.items()}
-        told, to_c = use.tell(left, scaled, stop_gradient, to_left, latents, bins, W_dec)
-        to_W_dec = use.rows_sum(told.flatten(0, 1), bins[order], c[order], ends)
-        to_b_dec = told[:, 0].sum(0)
-    errors = errors * share
-    total = (_sent(weights, errors) * errors).sum().to(y.dtype) + aux.coefficient * auxiliary
-
-    to_u, to_norm, to_threshold = to_c, None, None  # for BatchTopK and TopK the coefficient is u
-    if leaves:
-        weight = torch.as_tensor(sparsity_weight, dtype=sparsity.dtype, device=sparsity.device)
-        total = total + weight * sparsity.detach()
-        outputs, given = (
-            ([coefficient, sparsity], [to_c, weight]) if sparsity.requires_grad else ([coefficient], [to_c])
-        )
-        gradients = torch.autograd.grad(outputs, list(leaves.values()), given, allow_unused=True)
-        by_name = dict(zip(leaves, gradients, strict=True))
-        to_u, to_norm, to_threshold = by_name["u"], by_name.get("norm"), by_name.get("threshold")
-
-    to_W_enc = use.rows_sum(code.h, rows[order], to_u[order], ends)
-    to_b_enc = _sums(latents, to_u, d_sae)
-    if to_norm is not None:
-        to_W_dec += W_dec * (to_norm / W_dec.norm(dim=1))[:, None]
-    for index, *of_dead in to_dead:
-        for whole, part in zip((to_W_enc, to_b_enc, to_W_dec), of_dead, strict=True):
-            whole.index_add_(0, index, part)
-    if sae.apply_b_dec_to_input:
-        to_b_dec -= to_b_enc @ W_enc
-    known = {sae.W_enc: to_W_enc.T, sae.b_enc: to_b_enc, sae.W_dec: to_W_dec, sae.b_dec: to_b_dec}
-    if isinstance(sae.threshold, nn.Parameter):
-        assert to_threshold is not None
-        known[sae.threshold] = _sums(latents, to_threshold, d_sae)
-    return _Given.apply(total, list(known.values()), *known), errors, auxiliary.detach(), sparsity.detach()
+def acts_of(sae: MatryoshkaSAE, pre: Tensor, threshold: Tensor | None) -> Tensor:
+    """What the entries' activations are: JumpReLU where there is a threshold to be trained, else ReLU."""
+    return pre.relu() if threshold is None else jumprelu(pre, threshold, sae.bandwidth)
 
 
+@torch.no_grad()
 def sparse_errors(
     sae: MatryoshkaSAE, code: SparseCode, y: Float[Tensor, "batch d_out"], widths: Sequence[int]
 ) -> Float[Tensor, " levels"]:
-    """E‖y' − recon_m‖² of each width, float64, without gradient."""
-    norm = sae.W_dec.norm(dim=1)[code.latents] if sae.rescale_acts_by_decoder_norm else 1.0
-    bins = _bins(code, widths)
-    return code.kernels.residuals(code.acts / norm, code.latents, bins, sae.W_dec.detach(), y - sae.b_dec, len(widths))[
-        1
-    ]
+    """E‖y' − recon_m‖² of each width, float64."""
+    return _residuals(sae, code, y - sae.b_dec, widths)[1]
 
 
 @torch.no_grad()
@@ -293,113 +219,23 @@ def reconstruct(
     if code is None:
         acts = sae.encode(x)
         return (acts > 0).sum(0), sae.decode_prefixes(acts)
-    norm = sae.W_dec.norm(dim=1)[code.latents] if sae.rescale_acts_by_decoder_norm else 1.0
-    bins, nothing = _bins(code, sae.prefixes), (-sae.b_dec).repeat(len(x), 1)
-    levels = len(sae.prefixes)
-    left, _ = code.kernels.residuals(code.acts / norm, code.latents, bins, sae.W_dec.detach(), nothing, levels)
+    left, _ = _residuals(sae, code, (-sae.b_dec).repeat(len(x), 1), sae.prefixes)
     return code.fired(), list(left.neg_().unbind(1))
 
 
-def _sent(tensor: Tensor, to: Tensor) -> Tensor:
-    """A small tensor of the host in the type and on the device of another, without waiting for that."""
-    return tensor.to(to.device, to.dtype, non_blocking=True)
+def _residuals(sae: MatryoshkaSAE, code: SparseCode, target: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """target − Σ of what is active up to each width, and its E‖·‖²."""
+    norm = sae.W_dec.norm(dim=1)[code.latents] if sae.rescale_acts_by_decoder_norm else 1.0
+    W_dec, bins = sae.W_dec.detach(), bins_of(code, widths)
+    return code.kernels.residuals(code.acts / norm, code.latents, bins, W_dec, target, len(widths))
 
 
-def _bins(code: SparseCode, widths: Sequence[int]) -> Tensor:
+def bins_of(code: SparseCode, widths: Sequence[int]) -> Tensor:
     """row · levels + the innermost level of each entry."""
-    edges = _sent(torch.tensor(list(widths)), code.latents)
+    edges = sent(torch.tensor(list(widths)), code.latents)
     return code.rows * len(widths) + torch.searchsorted(edges, code.latents, right=True)
 
 
-def _local(
-    sae: MatryoshkaSAE, code: SparseCode, widths: Sequence[int], weights: Tensor
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """(what to differentiate by, coefficients of the W_dec rows, sparsity penalty), small enough for autograd."""
-    sparsity = code.u.new_zeros(())
-    if sae.sparsity in ("batch_topk", "topk"):
-        return {}, code.u, sparsity
-    leaves = {"u": code.u.detach().requires_grad_()}
-    norm = None
-    if sae.rescale_acts_by_decoder_norm or sae.sparsity in PENALTIES:
-        leaves["norm"] = norm = sae.W_dec.detach().norm(dim=1).requires_grad_()
-    if sae.sparsity == "jumprelu":
-        leaves["threshold"] = sae.threshold.detach()[code.latents].requires_grad_()
-    with torch.enable_grad():
-        u, each_norm = leaves["u"], code.u.new_ones(()) if norm is None else norm[code.latents]
-        scaled = u * each_norm if sae.rescale_acts_by_decoder_norm else u
-        acts = _acts(sae, scaled, leaves.get("threshold"))
-        coefficient = acts / each_norm if sae.rescale_acts_by_decoder_norm else acts
-        if sae.sparsity == "jumprelu":
-            active = count_above(scaled, leaves["threshold"], sae.bandwidth)
-            sparsity = l0_penalty(active.new_zeros(len(code.h)).index_add(0, code.rows, active), sae.k)
-        else:
-            paying = acts if sae.rescale_acts_by_decoder_norm else acts * each_norm
-            paid = _sent(paid_by_latent(widths, weights, sae.d_sae), paying)[code.latents]
-            sparsity = (PENALTIES[sae.sparsity](paying) * paid).sum() / len(code.h)
-    return leaves, coefficient, sparsity
-
-
-def _acts(sae: MatryoshkaSAE, pre: Tensor, threshold: Tensor | None) -> Tensor:
-    return pre.relu() if threshold is None else jumprelu(pre, threshold, sae.bandwidth)
-
-
-def _auxiliary(
-    sae: MatryoshkaSAE,
-    h: Tensor,
-    residuals: Sequence[Tensor],
-    edges: Sequence[int],
-    aux: AuxK,
-    share: float,
-    dead: Tensor | None,
-) -> tuple[Tensor, dict[int, Tensor], list[tuple[Tensor, ...]]]:
-    """As `auxk_loss` · share; α-weighted gradients for the residuals, by their number, and for the dead latents' rows.
-
-    The dead rows are copied out first, so that their gradients are no larger than they are. A part of the batch at a
-    time, so that its activations stay in cache; all at once if the residual is to be trained, for `auxk_level`.
-    """
-    total, to_residual, to_dead = h.new_zeros(()), dict[int, Tensor](), list[tuple[Tensor, ...]]()
-    if dead is None:
-        return total, to_residual, to_dead
-    share = share if aux.normalise == "none" else 1.0
-    for number, (residual, (start, stop)) in enumerate(zip(residuals, pairwise([0, *edges]), strict=True)):
-        index = dead[start:stop].nonzero().squeeze(1) + start
-        if len(index) == 0 or not (scale := to_explain(residual, aux)) > 0:
-            continue
-        rows = [t.detach()[index].requires_grad_() for t in (sae.W_enc.T, sae.b_enc, sae.W_dec)]
-        sums = [torch.zeros_like(t) for t in rows]
-        part = AUXK_ROWS if aux.detach else len(h)
-        for here, left in zip(h.split(part), residual.split(part), strict=True):
-            left = left.detach().requires_grad_(not aux.detach)
-            with torch.enable_grad():
-                directions, bias, W_dec = rows
-                pre = torch.addmm(bias, here, directions.T)
-                if sae.rescale_acts_by_decoder_norm:
-                    norm = W_dec.norm(dim=1)
-                    pre, W_dec = pre * norm, W_dec / norm[:, None]
-                loss = auxk_level(pre, left, W_dec, aux) * (share / (len(h) * scale))
-            total = total + loss.detach()
-            if loss.requires_grad:
-                wanted = rows if aux.detach else [*rows, left]
-                gradients = torch.autograd.grad(aux.coefficient * loss, wanted)
-                torch._foreach_add_(sums, gradients[:3])
-                if not aux.detach:
-                    to_residual[number] = gradients[3]
-        to_dead.append((index, *sums))
-    return total, to_residual, to_dead
-
-
-class _Given(torch.autograd.Function):
-    """A scalar whose gradients are known already; they are handed over, so it can be differentiated once."""
-
-    @staticmethod
-    def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return total.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        assert gradients is not None, "the sparse step can be differentiated only once"
-        if grad.device.type != "cpu" or float(grad) != 1:  # looking at it would make a GPU wait
-            torch._foreach_mul_(gradients, grad)
-        return (None, None, *gradients)
+def sent(tensor: Tensor, to: Tensor) -> Tensor:
+    """A small tensor of the host in the type and on the device of another, without waiting for that."""
+    return tensor.to(to.device, to.dtype, non_blocking=True)

@@ -166,7 +166,15 @@ def decode(
     squares, dots = target.new_zeros(batch, levels, dtype=torch.float64), torch.zeros_like(acts)
     to_W_dec, to_b_dec = torch.empty_like(W_dec), target.new_empty(d)
     by_latent = (acts[order], bins[order], latent_ends)
-    given = (acts, latents, plain.bin_ends(bins, batch * levels), *by_latent, W_dec, target, torch.tensor(weights))
+    given = (
+        acts,
+        latents,
+        plain.bin_ends(bins, batch * levels),
+        *by_latent,
+        W_dec,
+        target,
+        torch.tensor(weights, dtype=torch.float32),
+    )
     sizes, made = (batch, levels, d, d_sae, int(stop_gradient)), (told, squares, dots, outermost, to_W_dec, to_b_dec)
     call("msae_decode", *given, *sizes, *made)
     return dots, to_W_dec, to_b_dec, squares.mean(0)
