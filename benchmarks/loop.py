@@ -54,7 +54,7 @@ class Rounds(L.Callback):
         self.steps, self.directory, self.begun = steps, directory, 0.0
         self.loop: list[float] = []
         self.bare: list[float] = []
-        self.rare: dict[str, float] = {}
+        self.checkpoint = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.steps:
@@ -73,7 +73,7 @@ class Rounds(L.Callback):
         self.begun = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.rare["checkpoint"] = timed(lambda: trainer.save_checkpoint(self.directory / "timed.ckpt"))
+        self.checkpoint = timed(lambda: trainer.save_checkpoint(self.directory / "timed.ckpt"))
 
 
 def bare_step(module: MatryoshkaTraining, x: torch.Tensor) -> Any:
@@ -117,8 +117,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> None:
     rounds = Rounds(a.steps, run)
     trainer.callbacks.append(rounds)  # type: ignore[attr-defined]
     trainer.fit(module, datamodule=data)
-    validation = timed(lambda: trainer.validate(module, datamodule=data, verbose=False))
-    checkpoint = rounds.rare["checkpoint"]
+    checkpoint, validation = rounds.checkpoint, timed(lambda: trainer.validate(module, datamodule=data, verbose=False))
     kernels = choose_kernels(module.kernels, module.sae, torch.empty(a.batch, a.d_in))
     loop, bare = statistics.median(rounds.loop), statistics.median(rounds.bare)
     print(

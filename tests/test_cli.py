@@ -252,6 +252,15 @@ def test_a_mistake_is_one_line_and_leaves_no_run(call, mistake, monkeypatch):
     assert not Path("runs").exists()
 
 
+def test_kernels_that_cannot_run_are_refused_before_anything_is_made(call, monkeypatch):
+    monkeypatch.setattr("msae.sae.kernels.triton.library", lambda: None)
+    code, _, err = call(train, *TREE, "model.kernels=triton", "data.root=other")
+    assert code == 1
+    assert "needs the package triton" in one_line(err)
+    assert not Path("runs").exists()
+    assert not Path("other").exists()
+
+
 def test_resuming_with_other_settings_is_refused(call):
     assert call(train, *TREE, *SHORT)[0] == 0
     assert call(train, *TREE, *SHORT, "name=tree-other")[0] == 0  # newer, but of another name

@@ -546,7 +546,7 @@ def test_a_language_model_harvested_in_windows_gives_the_rows_of_a_whole_harvest
     batches, got, state = None, [], None
     for stop in (100, 10**6):
         shards = roll(source(), [hook], tmp_path / "rolling", 0.0002, show=False)[hook]
-        assert 1 <= shards.rolling.window <= 2
+        assert 1 <= shards.rolling.known.window <= 2
         batches = TrainBatches(shards, 32, 2 * len(expected) // 32, 0)
         if state is not None:
             batches.load_state_dict(state)

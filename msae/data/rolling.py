@@ -14,31 +14,23 @@ not is made again from the state before it, and refused if it comes out other th
 """
 
 import atexit
-import json
 import math
 import re
 import sys
 import threading
 import time
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-import xxhash
 from filelock import FileLock, Timeout
-from torch import Tensor
 
-from msae.data.batches import Pool, RowOrder
 from msae.data.harvest import (
     GB,
     Record,
     directory_of,
     each_chunk,
-    is_complete,
     is_whole,
     locked,
     make_directories,
@@ -49,10 +41,11 @@ from msae.data.harvest import (
 )
 from msae.data.shards import MANIFEST, TRUTH, Shards, checksum, read_manifest, write_json
 from msae.data.source import Chunk, Source
+from msae.data.windows import END, WindowOrder, Windows, read_number
 from msae.progress import progress
 from msae.ranks import is_other_rank
 
-END, POLL = "end.json", 0.02
+POLL = 0.02
 HEADER = 1024  # bytes of a shard that are not rows, at most
 
 
@@ -99,87 +92,24 @@ def window_chunks(source: Source, hook_names: list[str], gb: float) -> int:
 
 
 class Rolling:
-    """One harvest in windows, of one or two hooks. With `lock` this process makes it, else another rank does.
-
-    Windows are numbered within an epoch; a turn counts them through the epochs.
-    """
+    """One harvest in windows, of one or two hooks. With `lock` this process makes it, else another rank does."""
 
     def __init__(
         self, source: Source, directories: dict[str, Path], window: int, budget: float, lock: ExitStack | None
     ) -> None:
-        self.source, self.directories, self.window, self.budget, self.lock = source, directories, window, budget, lock
-        self.place = next(iter(directories.values()))  # of what is written once and not for each hook
-        self.shards: dict[str, Shards] = {}
-        self.chunks: int | None = None  # of an epoch, once the source has come to its end
-        self.sizes: list[list[int]] = []  # rows of each chunk of each window that is known
-        self.stops: list[int] = []  # the row after each of them
-        self._digests: list[str] = []  # of the checksums of all chunks up to and with each window
-        self._knowing, self._stop = threading.Lock(), threading.Event()
+        self.source, self.directories, self.budget, self.lock = source, directories, budget, lock
+        self.known = Windows(directories, window)
+        self.place = self.known.place
+        self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._asked = {0: 0}  # window → the last turn that it was made for
         self._start = self._reading = self._turn = 0  # turns: the first of this reading, that of the reader, and made
         self._world = 1
 
-    # What is known --------------------------------------------------------------------------------------------------
-
-    @property
-    def windows(self) -> int | None:
-        """Windows of an epoch, None until that is known."""
-        return None if self.chunks is None else -(-self.chunks // self.window)
-
-    @property
-    def total(self) -> int | None:
-        """Rows of an epoch, None until that is known."""
-        return self.stops[-1] if self.stops and len(self.stops) == self.windows else None
-
-    def learn(self) -> bool:
-        """Take in the next window if all of its chunks have been made."""
-        with self._knowing:
-            if self.chunks is None:
-                self.chunks = read_number(self.place / END, "chunks")
-            first = len(self.stops) * self.window
-            stop = first + self.window if self.chunks is None else min(first + self.window, self.chunks)
-            records: dict[str, list[Record]] = {hook: [] for hook in self.directories}
-            for number in reversed(range(first, stop)):  # the last is missing longest
-                for hook, directory in self.directories.items():
-                    record = read_record(directory, number)
-                    if record is None:
-                        return False
-                    records[hook].insert(0, record)
-            if first >= stop:
-                return False
-            checksums = self._digests[-1] if self._digests else ""
-            for hook, found in records.items():
-                entries = [entry for record in found for entry in record["shards"] if entry["split"] == "train"]
-                self.shards[hook].append("train", entries)
-                checksums += "".join(entry["xxh3"] for entry in entries)
-            self._digests.append(xxhash.xxh3_64_hexdigest(checksums.encode()))
-            self.sizes.append([entry["rows"] for entry in entries])
-            self.stops.append((self.stops[-1] if self.stops else 0) + sum(self.sizes[-1]))
-            return True
-
-    def find(self, start: int) -> tuple[int, int] | None:
-        """Epoch and window of this place of the endless sequence of rows, None as long as that is not known."""
-        while (total := self.total) is None and (not self.stops or start >= self.stops[-1]):
-            if not self.learn():
-                return None
-        epoch, row = (0, start) if total is None else divmod(start, total)
-        return epoch, bisect_right(self.stops, row)
-
-    def digest(self, start: int) -> str | None:
-        """Of the checksums of the chunks up to the one before this place, None if that is not known."""
-        if start > 0 and self.find(start - 1) is None:
-            return None
-        read = start if self.total is None else min(start, self.total)
-        return self._digests[bisect_left(self.stops, read)]
-
-    def turn(self, epoch: int, window: int) -> int:
-        return window if epoch == 0 else epoch * (self.windows or 0) + window
-
     # Reading --------------------------------------------------------------------------------------------------------
 
-    def order(self, seed: int, rank: int, world: int) -> "WindowOrder":
+    def order(self, seed: int, rank: int, world: int) -> WindowOrder:
         """The order in which this rank reads."""
         return WindowOrder(self, seed, rank, world)
 
@@ -187,8 +117,8 @@ class Rolling:
         """Epoch and window of this place once the window is on disk. Raises what has stopped the harvest."""
         while True:
             alive = self._alive(rank)
-            found = self.find(start)
-            if found is not None and self._is_there(found[1]):
+            found = self.known.find(start)
+            if found is not None and self.known.is_there(found[1]):
                 return found
             if self._error is not None:
                 raise self._error
@@ -206,16 +136,6 @@ class Rolling:
                 return False
         except Timeout:
             return True
-
-    def _is_there(self, window: int) -> bool:
-        first = window * self.window
-        numbers = range(first, first + self.window if self.chunks is None else min(first + self.window, self.chunks))
-        return all(None not in self._found(number).values() for number in numbers)
-
-    def _found(self, number: int, splits: tuple[str, ...] = ("train",)) -> dict[str, Record | None]:
-        """The records of a chunk's hooks, None where there is none, or shards of these splits are missing."""
-        records = {hook: read_record(directory, number) for hook, directory in self.directories.items()}
-        return {h: r if r and is_complete(self.directories[h], r, splits) else None for h, r in records.items()}
 
     def reads(self, turn: int, rank: int) -> None:
         """Note that this rank has read all windows before this one."""
@@ -235,19 +155,19 @@ class Rolling:
         for path in filter(Path.exists, manifests):
             window = read_manifest(path.parent).get("window", 0)
             if self.lock is None:
-                self.window = window
-            elif window != self.window:
+                self.known.window = window
+            elif window != self.known.window:
                 raise ValueError(
                     f"{path.parent} has windows of {window} chunks, data.rolling_gb={self.budget / GB:g} makes them "
-                    f"{self.window}; set data.rolling_gb as it was, or delete the directory"
+                    f"{self.known.window}; set data.rolling_gb as it was, or delete the directory"
                 )
         if self.lock is not None:
             remove_stale(self.directories)
             self._discard_damaged()
             self._first_window(("val",) if made else ("train", "val"), made, show)
-        self.shards = {hook: Shards(directory, self) for hook, directory in self.directories.items()}
-        self.learn()
-        return self.shards
+        self.known.shards = {hook: Shards(directory, self) for hook, directory in self.directories.items()}
+        self.known.learn()
+        return self.known.shards
 
     def _discard_damaged(self) -> None:
         """Delete what a killed process may have left beside its record."""
@@ -260,25 +180,25 @@ class Rolling:
     def _first_window(self, splits: tuple[str, ...], made: bool, show: bool) -> None:
         """Make what is missing of it, and the manifests, from which a run knows statistics and held-out rows."""
         records: dict[str, list[Record]] = {hook: [] for hook in self.directories}
-        rows = self.window * self.source.most_rows()[0]
+        rows = self.known.window * self.source.most_rows()[0]
         if show and not made:
             print(
-                f"harvest: windows of {self.window} chunks, up to {rows:,} rows each, while training reads; "
+                f"harvest: windows of {self.known.window} chunks, up to {rows:,} rows each, while training reads; "
                 f"at most {self.budget / GB:g} GB of shards at once in {self.place}",
                 file=sys.stderr,
             )
         with progress(rows, f"harvest {self.source.name}", disable=not show or made) as bar:
-            numbers = range(self.window)
+            numbers = range(self.known.window)
             for written in each_chunk(
-                self.source, self.directories, numbers, lambda n: self._found(n, splits), self._make_room
+                self.source, self.directories, numbers, lambda n: self.known.found(n, splits), self._make_room
             ):
                 for hook, record in written.items():
                     records[hook].append(record)
                 bar.update(sum(entry["rows"] for entry in record["shards"] if entry["split"] == "train"))
         done = len(next(iter(records.values())))
         if not made:
-            write_manifests(self.source, self.directories, records, self.window)
-        if done < self.window:
+            write_manifests(self.source, self.directories, records, self.known.window)
+        if done < self.known.window:
             self._end(done)
 
     def _end(self, chunks: int) -> None:
@@ -299,10 +219,10 @@ class Rolling:
             yield
             return
         assert self._thread is None or not self._thread.is_alive(), "one reading at a time"
-        epoch, window = self.find(start) or (0, len(self.stops))
+        epoch, window = self.known.find(start) or (0, len(self.known.stops))
         for other in range(1, world):  # of the reading before
             (self.place / f"rank-{other}").unlink(missing_ok=True)
-        self._start = self._reading = self._turn = self.turn(epoch, window)
+        self._start = self._reading = self._turn = self.known.turn(epoch, window)
         self._error, self._asked, self._world = None, {}, world
         self._stop.clear()
         self._thread = threading.Thread(
@@ -334,7 +254,7 @@ class Rolling:
 
     def _harvest(self, epoch: int, window: int, stop: int) -> None:
         try:
-            while not self._pass(epoch, window * self.window, stop):
+            while not self._pass(epoch, window * self.known.window, stop):
                 epoch, window = epoch + 1, 0
         except Stopped:
             pass
@@ -347,12 +267,12 @@ class Rolling:
 
         def numbers() -> Iterator[int]:
             nonlocal enough
-            for number in count(first) if self.chunks is None else range(first, self.chunks):
-                self.learn()
-                window = number // self.window
-                self._turn = self._asked[window] = self.turn(epoch, window)
-                before = self.stops[window - 1] if 0 < window <= len(self.stops) else 0
-                if enough := epoch * (self.total or 0) + before >= stop:
+            for number in count(first) if self.known.chunks is None else range(first, self.known.chunks):
+                self.known.learn()
+                window = number // self.known.window
+                self._turn = self._asked[window] = self.known.turn(epoch, window)
+                before = self.known.stops[window - 1] if 0 < window <= len(self.known.stops) else 0
+                if enough := epoch * (self.known.total or 0) + before >= stop:
                     return
                 if self._stop.is_set():
                     raise Stopped
@@ -361,18 +281,20 @@ class Rolling:
         record = read_record(self.place, first - 1) if first else {"state": None}
         if record is None:
             raise ValueError(f"{self.place} has lost the record of chunk {first - 1}; delete it and start a new run")
-        for _ in each_chunk(self.source, self.directories, numbers(), self._found, self._make_room, record["state"]):
+        for _ in each_chunk(
+            self.source, self.directories, numbers(), self.known.found, self._make_room, record["state"]
+        ):
             done += 1
         if not enough:
             self._end(done)
-            while self.learn():
+            while self.known.learn():
                 pass
         return enough
 
     def _make_room(self, number: int, chunk: Chunk) -> Chunk:
         """What of a chunk is to be written, once that fits the budget."""
         wanted = {"train"}
-        if number < self.window and None in self._found(number, ("val",)).values():
+        if number < self.known.window and None in self.known.found(number, ("val",)).values():
             wanted.add("val")
         splits = {split: rows for split, rows in chunk.splits.items() if split in wanted}
         need, (most, _) = 0, self.source.most_rows()
@@ -399,12 +321,12 @@ class Rolling:
         for rank in range(1, self._world):
             read = min(read, self._read_by(rank))
         paths = [path for directory in self.directories.values() for path in directory.glob("train-*.safetensors")]
-        unused = {w for w in (number_of(path) // self.window for path in paths) if self._asked.get(w, -1) < read}
+        unused = {w for w in (number_of(path) // self.known.window for path in paths) if self._asked.get(w, -1) < read}
         if not unused:
             return False
-        last = max(unused, key=lambda window: (window - self._turn - 1) % (self.windows or 1 << 40))
+        last = max(unused, key=lambda window: (window - self._turn - 1) % (self.known.count or 1 << 40))
         for path in paths:
-            if number_of(path) // self.window == last:
+            if number_of(path) // self.known.window == last:
                 path.unlink()
         return True
 
@@ -415,76 +337,6 @@ class Rolling:
 
 class Stopped(Exception):
     """The thread is to end."""
-
-
-class WindowOrder:
-    """The endless sequence of row numbers in which training reads a rolling harvest: `RowOrder` window by window.
-
-    Every row comes once an epoch, mixed with those of its window. A place's rows are a pure function of (seed, the
-    rows of the windows, place), known once its window has been made; `parts` waits for that.
-    """
-
-    def __init__(self, rolling: Rolling, seed: int, rank: int, world: int) -> None:
-        self.rolling, self.seed, self.rank, self.world = rolling, seed, rank, world
-        self._within = lru_cache(4)(self._make)
-        self._there = self._read = (-1, -1)  # epoch and window: the last waited for, the last read
-
-    def parts(self, start: int, stop: int) -> list[tuple[Pool, Tensor]]:
-        """As `RowOrder.parts`; a pool has its window in the middle."""
-        parts: list[tuple[Pool, Tensor]] = []
-        while start < stop:
-            found = self.rolling.find(start)
-            if found is None or found > self._there:  # those before may be read and gone
-                self._there = found = self.rolling.wait(start, self.rank)
-            epoch, window = found
-            order, first = self._within(window)
-            inside = epoch * order.total + (start - epoch * (self.rolling.total or 0)) - first
-            for (_, number), index in order.parts(inside, min(inside + stop - start, (epoch + 1) * order.total)):
-                parts.append(((epoch, window, number), index))
-                start += len(index)
-        return parts
-
-    def blocks(self, pool: Pool) -> tuple[Tensor, Tensor]:
-        """As `RowOrder.blocks`. Called as each pool is read, in order: so the windows before it have been read."""
-        epoch, window, number = pool
-        if self._read != (epoch, window):
-            self._read = (epoch, window)
-            self.rolling.reads(self.rolling.turn(epoch, window), self.rank)
-        order, first = self._within(window)
-        starts, stops = order.blocks((epoch, number))
-        return starts + first, stops + first
-
-    def where(self, start: int) -> tuple[int, int]:
-        """As `RowOrder.where`."""
-        total = self.rolling.total
-        return (0, start) if total is None else divmod(start, total)
-
-    def fixed(self, start: int) -> dict[str, Any]:
-        """As `RowOrder.fixed`; what was read is known by its checksums."""
-        order, _ = self._within(0)
-        windows = f"{order.block}x{order.pool} in windows of {self.rolling.window} chunks"
-        return {"row_order": windows, "chunks_read": self.rolling.digest(start)}
-
-    def ahead(self, start: int, stop: int) -> Any:
-        """As `RowOrder.ahead`."""
-        self._there = self._read = (-1, -1)
-        return self.rolling.ahead(start, stop, self.rank, self.world)
-
-    def _make(self, window: int) -> tuple[RowOrder, int]:
-        """The order within a window, and its first row."""
-        rolling = self.rolling
-        first = rolling.stops[window - 1] if window else 0
-        return RowOrder(rolling.sizes[window], f"{self.seed}/window/{window}"), first
-
-
-def read_number(path: Path, key: str) -> int | None:
-    """A number in a small JSON file, None where there is no such file."""
-    try:
-        return int(json.loads(path.read_text())[key])
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is corrupt ({error}); delete {path.parent} and start a new run") from None
 
 
 def number_of(path: Path) -> int:

@@ -1,7 +1,7 @@
 """What is active, by work that is sparse in all but the encoder's product, and what it reconstructs."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -154,17 +154,22 @@ def _code(
     return SparseCode(rows, latents, u, acts_of(sae, pre, threshold), h, sae.d_sae, use)
 
 
+def _bars(sample: Tensor, wanted: float) -> Iterator[tuple[float, Tensor]]:
+    """Each slack and the bar that lets so many times `wanted` of the sample through, while these are few of it."""
+    flat = sample.flatten()
+    for slack in SLACK:
+        rank = max(1, round(slack * wanted))
+        if rank > DENSEST * len(flat):
+            return
+        yield slack, flat.topk(rank, sorted=False).values.min()
+
+
 def _batch_topk(
     sae: MatryoshkaSAE, sample: Tensor, h: Tensor, use: Any, W: Tensor, b: Tensor, scale: Tensor | float
 ) -> tuple[Tensor, Tensor] | None:
     """(row · d_sae + latent, u) of the k · batch largest positive entries, unsorted."""
     wanted = round(sae.k * len(h))
-    flat = sample.flatten()
-    for slack in SLACK:
-        rank = max(1, round(slack * wanted * len(sample) / len(h)))
-        if rank > DENSEST * len(flat):
-            return None
-        bar = flat.topk(rank, sorted=False).values.min()
+    for _, bar in _bars(sample, wanted * len(sample) / len(h)):
         if not bar > 0:
             return None
         index, u = use.survivors(h, W, b, (bar / scale).expand_as(b) if isinstance(scale, float) else bar / scale)
@@ -180,12 +185,9 @@ def _batch_topk_unseen(
     sae: MatryoshkaSAE, sample: Tensor, h: Tensor, left: Tensor, right: Tensor, b: Tensor, norm: Tensor | None
 ) -> SparseCode | None:
     """As `_batch_topk`, of left · right = h · W; the host asks only once, when all is on its way, if it went well."""
-    wanted, flat = round(sae.k * len(h)), sample.flatten()
-    for slack in SLACK:
-        rank = max(1, round(slack * wanted * len(sample) / len(h)))
-        if rank > DENSEST * len(flat):
-            return None
-        bar, room = flat.topk(rank, sorted=False).values.min(), min(round(ROOM * slack * wanted), len(h) * sae.d_sae)
+    wanted = round(sae.k * len(h))
+    for slack, bar in _bars(sample, wanted * len(sample) / len(h)):
+        room = min(round(ROOM * slack * wanted), len(h) * sae.d_sae)
         index, u, count = triton.largest(left, right, b, bar, norm, wanted, room)
         code = _code(sae, index, u, h, triton, norm)
         n, fine = torch.stack([count, ((bar > 0) & u.isfinite().all()).to(count)]).tolist()

@@ -26,6 +26,7 @@ from msae.data.shards import Shards, write_json
 from msae.evaluation.evaluate import calibrate, evaluate
 from msae.evaluation.pictures import decoder_against_truth
 from msae.sae import load_sae, save_sae
+from msae.sae.kernels import triton
 from msae.training.callbacks import Interrupted, PrefixCharts, SaveWhenStopping, TokenProgress
 from msae.training.checkpoints import LAST, AtomicCheckpointIO, checkpoint_callbacks, resume_from, unreadable
 from msae.training.memory import keep_freed_memory
@@ -49,6 +50,9 @@ def run(cfg: DictConfig) -> None:
 
 def train(cfg: DictConfig, data: ActivationData, checkpoint: Path | None, started: float) -> None:
     """From the shards to the report."""
+    if cfg.model.get("kernels") == "triton":
+        on_gpu = torch.cuda.is_available() and cfg.trainer.get("accelerator") in ("auto", "gpu", "cuda")
+        triton.require(torch.device("cuda" if on_gpu else "cpu"))
     module = build_module(cfg, data)
     check_budget(cfg, data)
     run = checkpoint.parent.parent if checkpoint else run_directory(cfg.name, cfg.runs, cfg.run_dir)

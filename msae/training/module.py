@@ -30,7 +30,6 @@ from msae.sae import (
 )
 from msae.sae.adam import Decoder
 from msae.sae.initial import Init
-from msae.sae.kernels import triton
 from msae.sae.model import Normalise, Sparsity
 from msae.sae.sparse import Kernels
 
@@ -264,8 +263,6 @@ class MatryoshkaTraining(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         large = self.kernels == "auto" and self.sae.W_enc.numel() >= 1 << 18  # less is not worth a compiler's seconds
-        if self.kernels == "triton":
-            triton.require(self.sae.W_dec.device)  # now, not at the first step
         kernels = "compiled" if large else self.kernels
         optimizer = DictionaryAdam(self.sae, self.lr, self.betas, self.grad_clip, self.decoder, kernels)
         total = self.trainer.max_steps  # not estimated_stepping_batches: touching that loses the loader's state
