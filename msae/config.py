@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import itertools
 import os
 import re
 import sys
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -56,6 +57,62 @@ def _store_sweeps() -> None:
 
 def _groups() -> set[str]:
     return {"sweeps", *(path.name for path in config_dir("conf").iterdir() if path.is_dir())}
+
+
+# Arms: several models in one run ------------------------------------------------------------------------
+
+
+def describe_arms(cfg: DictConfig) -> list[dict[str, Any]]:
+    """{name, arm, settings} of every arm × grid; empty for one model alone. Raises ValueError in one line.
+
+    `name` is a directory's, `settings` the dotted keys that the grid sets.
+    """
+    if not cfg.arms and not cfg.grid:
+        return []
+    grid: dict[str, list[Any]] = OmegaConf.to_container(cfg.grid, resolve=True) if cfg.grid else {}  # type: ignore[assignment]
+    described = []
+    for arm, values in itertools.product(cfg.arms or {"": None}, itertools.product(*grid.values())):
+        parts = [*([arm] if arm else []), *(f"{key}{value}" for key, value in zip(grid, values, strict=True))]
+        name = re.sub(r"[^\w.+=-]+", "_", "-".join(parts))
+        settings = {f"model.{key}": value for key, value in zip(grid, values, strict=True)}
+        described.append({"name": name, "arm": arm or cfg.name, "settings": settings})
+    names = [arm["name"] for arm in described]
+    taken = {name for name in names if names.count(name) > 1 or name in ("checkpoints", "sae", "tensorboard")}
+    if not names or taken or any(not name.strip(".") for name in names):
+        raise ValueError(f"arms and grid name {', '.join(sorted(taken)) or 'nothing'} ambiguously; rename an arm")
+    return described
+
+
+def arm_models(cfg: DictConfig) -> dict[str, DictConfig]:
+    """The `model` of every arm by its name; {"": cfg.model} for one alone. Raises ValueError in one line.
+
+    An arm says what differs from `model`; its `preset` is a recipe of conf/preset, which the arm's own keys beat.
+    """
+    models = {}
+    for described in describe_arms(cfg):
+        arm = dict((cfg.arms or {}).get(described["arm"]) or {})
+        nodes = [cfg.model]
+        if (preset := arm.pop("preset", None)) is not None:
+            file = config_dir("conf") / "preset" / f"{preset}.yaml"
+            known = sorted(path.stem for path in file.parent.glob("*.yaml"))
+            if preset not in known:
+                raise ValueError(f"arms.{described['arm']}.preset={preset} is none of {', '.join(known)}")
+            nodes.append(OmegaConf.load(file).model)
+        settings = {key.removeprefix("model."): value for key, value in described["settings"].items()}
+        merged = OmegaConf.create({})
+        for node in (*nodes, arm, settings):
+            plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+            merged.merge_with(OmegaConf.create(plain))  # plain, so that keys which no YAML file wrote are allowed
+        check(OmegaConf.create({"model": merged}), _Model)
+        models[described["name"]] = merged
+    return models or {"": cfg.model}
+
+
+@dataclass
+class _Model:
+    supplied: ClassVar[tuple[str, ...]] = ("model.d_in",)
+
+    model: Any
 
 
 # Running a command ----------------------------------------------------------------------------------------
@@ -194,6 +251,11 @@ def explain(ex: BaseException) -> str | None:
 # Run directories ------------------------------------------------------------------------------------------
 
 
+def in_sweep() -> bool:
+    """Whether this is one of a multirun's jobs."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def run_directory(name: str, runs: str = "runs", run_dir: str | None = None, resume: bool = False) -> Path:
     """Make the directory of this run: the job's own in a sweep, else `run_dir`, else `runs/<name>-<time>`.
 
@@ -206,7 +268,7 @@ def run_directory(name: str, runs: str = "runs", run_dir: str | None = None, res
         if shared is None:
             raise ValueError("the launcher starts every rank by itself: give run_dir=… so that they share one")
         return Path(shared)
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if in_sweep():
         directory = Path(HydraConfig.get().runtime.output_dir)
     elif run_dir is not None:
         directory = Path(run_dir)

@@ -40,6 +40,8 @@ class TrainConfig:
     data: Any
     trainer: Any
     evaluation: Evaluation
+    arms: dict[str, Any] | None = None
+    grid: dict[str, list[Any]] | None = None
     seed: int = 0
     runs: str = "runs"
     run_dir: str | None = None

@@ -112,18 +112,21 @@ def matryoshka_loss(
     prefixes: Sequence[int] | Literal["every"] | None = None,
     sparsity_weight: float | Tensor = 0.0,
     code: DenseCode | SparseCode | None = None,
+    inner: float = 1.0,
 ) -> Loss:
     """L of `Objective` (arXiv 2503.17547, eq. 6) for raw activations x, reconstructing `target` (x unless given).
 
     One encoder pass and one selection over all latents serve every prefix. `prefixes` are the SAE's unless given (a
-    random draw, or "every"). `sparsity_weight` is λ; `code` is what `encode_for_training` gave, here unless given. This
-    is the reference, densely by autograd; a SparseCode gets the same loss and gradients from `sparse_loss`.
+    random draw, or "every"). `sparsity_weight` is λ; `code` is what `encode_for_training` gave, here unless given;
+    `inner` multiplies w_m of every level but the outermost. This is the reference, densely by autograd; a SparseCode
+    gets the same loss and gradients from `sparse_loss`.
     """
     y = sae.normalise_target(x if target is None else target)
     code = code or encode_for_training(sae, x)
     widths = sae.prefixes if prefixes is None else list(range(1, sae.d_sae + 1)) if prefixes == "every" else prefixes
     widths = [0, *widths] if objective.bias_level else list(widths)
     weights = objective.weights(len(widths))
+    weights[:-1] *= inner
     share = 1.0 if objective.error == "sum" else 1 / sae.d_out
     if isinstance(code, SparseCode):
         assert prefixes != "every", "every prefix at once has no sparse step"

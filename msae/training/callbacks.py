@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from msae.progress import progress
-from msae.training.module import METRICS, MatryoshkaTraining
+from msae.training.module import METRICS
 
 
 class Interrupted(BaseException):
@@ -96,7 +96,6 @@ class PrefixCharts(L.Callback):
     """TensorBoard's custom scalars: one chart a metric, the prefixes laid over one another."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, MatryoshkaTraining)
         layout = {
             split: {name: ["Multiline", [rf"{split}/{name}/p\d+"]] for name in METRICS} for split in ("train", "val")
         }

@@ -33,13 +33,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(temporary, path)
 
 
-def checkpoint_callbacks(directory: Path, every_steps: int, best: str) -> list[ModelCheckpoint]:
-    """Lightning's ModelCheckpoint twice: `last.ckpt` every so many steps, `best.ckpt` by a metric."""
+def checkpoint_callbacks(directory: Path, every_steps: int, best: str | None) -> list[ModelCheckpoint]:
+    """Lightning's ModelCheckpoint: `last.ckpt` every so many steps, and `best.ckpt` by a metric if one is given."""
     shared: dict[str, Any] = {"dirpath": directory, "enable_version_counter": False}
-    return [
-        ModelCheckpoint(filename="last", every_n_train_steps=every_steps, save_top_k=1, **shared),
-        ModelCheckpoint(filename="best", monitor=best, mode="min", save_top_k=1, **shared),
-    ]
+    last = ModelCheckpoint(filename="last", every_n_train_steps=every_steps, save_top_k=1, **shared)
+    if best is None:
+        return [last]
+    return [last, ModelCheckpoint(filename="best", monitor=best, mode="min", save_top_k=1, **shared)]
 
 
 def resume_from(directory: Path) -> Path:

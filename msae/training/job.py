@@ -1,5 +1,6 @@
 """The body of `python -m msae.train`: find or make the shards, train, calibrate, export `sae/`, evaluate."""
 
+import json
 import logging
 import math
 import re
@@ -19,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from msae import __version__
-from msae.config import run_directory
+from msae.config import arm_models, describe_arms, in_sweep, run_directory
 from msae.data.batches import TrainBatches, ValBatches
 from msae.data.datamodule import ActivationData
 from msae.data.shards import Shards, write_json
@@ -27,6 +28,7 @@ from msae.evaluation.evaluate import calibrate, evaluate
 from msae.evaluation.pictures import decoder_against_truth
 from msae.sae import load_sae, save_sae
 from msae.sae.kernels import triton
+from msae.training.arms import Arms
 from msae.training.callbacks import Interrupted, PrefixCharts, SaveWhenStopping, TokenProgress
 from msae.training.checkpoints import LAST, AtomicCheckpointIO, checkpoint_callbacks, resume_from, unreadable
 from msae.training.memory import keep_freed_memory
@@ -50,31 +52,68 @@ def run(cfg: DictConfig) -> None:
 
 def train(cfg: DictConfig, data: ActivationData, checkpoint: Path | None, started: float) -> None:
     """From the shards to the report."""
-    if cfg.model.get("kernels") == "triton":
+    models = arm_models(cfg)
+    if any(model.get("kernels") == "triton" for model in models.values()):
         on_gpu = torch.cuda.is_available() and cfg.trainer.get("accelerator") in ("auto", "gpu", "cuda")
         triton.require(torch.device("cuda" if on_gpu else "cpu"))
-    module = build_module(cfg, data)
+    modules = {}
+    for name, model in models.items():
+        try:
+            modules[name] = build_module(model, data)
+        except ValueError as error:
+            raise ValueError(f"arm {name}: {error}" if name else str(error)) from error
     check_budget(cfg, data)
     run = checkpoint.parent.parent if checkpoint else run_directory(cfg.name, cfg.runs, cfg.run_dir)
     if checkpoint is None:
         OmegaConf.save(OmegaConf.merge(cfg, {"run_dir": None, "ckpt_path": None}), run / "config.yaml", resolve=True)
-    trainer = build_trainer(cfg, data, module, run)
+    together = Arms(modules) if "" not in modules else None
+    module = modules[""] if together is None else together
+    trainer = build_trainer(cfg, data, modules, run)
     if trainer.is_global_zero:
-        say(f"run: {run}")
+        say(f"run: {run}" + (f" ({len(modules)} arms)" if together else ""))
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     except Interrupted as stop:
         say(f"{stop}\nresume with the same command and run_dir={run} ckpt_path=last")
         raise SystemExit(stop.exit_code) from None
-    if trainer.is_global_zero:
-        module.to(trainer.strategy.root_device)  # Lightning moved it to the CPU
-        metrics = finish(module, data, run, cfg)
-        per_step = data.batch_tokens * trainer.world_size * trainer.accumulate_grad_batches
-        metrics |= {
-            "train/tokens": float(trainer.global_step * per_step),
-            "seconds": time.perf_counter() - started,
-        }
-        report(metrics, trainer, module, data.shards, run, cfg)
+    if not trainer.is_global_zero:
+        return
+    module.to(trainer.strategy.root_device)  # Lightning moved it to the CPU
+    tokens = trainer.global_step * data.batch_tokens * trainer.world_size * trainer.accumulate_grad_batches
+    if together is None:
+        metrics = finish(modules[""], data, run, cfg)
+        metrics |= {"train/tokens": float(tokens), "seconds": time.perf_counter() - started}
+        report(metrics, trainer.loggers[0], modules[""], data.shards, run, cfg, trainer.global_step)
+        print_table(metrics, modules[""].sae.prefixes)
+        say(f"sae:     {run / 'sae'}\nmetrics: {run / 'metrics.json'}\ncharts:  tensorboard --logdir {run.parent}")
+    else:
+        finish_arms(together, trainer, data, run, cfg, tokens, started)
+
+
+def finish_arms(
+    together: Arms, trainer: L.Trainer, data: ActivationData, run: Path, cfg: DictConfig, tokens: int, started: float
+) -> None:
+    """Every arm's `sae/`, metrics and pictures in its own directory, then arms.json, pictures and a table of all."""
+    table: dict[str, dict[str, float]] = {}
+    for name, arm in together.living():
+        say(f"arm {name}")
+        metrics = finish(arm, data, run / name, cfg) | {"train/tokens": float(tokens)}
+        assert arm.arm is not None
+        report(metrics, trainer.loggers[arm.arm], arm, data.shards, run / name, cfg, trainer.global_step)
+        widest = f"/p{arm.sae.d_sae}"
+        table[name] = {key.removesuffix(widest): value for key, value in metrics.items()}
+    described = [{**arm, "error": together.failed.get(arm["name"])} for arm in describe_arms(cfg)]
+    (run / "arms.json").write_text(json.dumps(described, indent=2) + "\n")
+    truth = data.shards.truth
+    if truth is not None:
+        decoders = {name: arm.sae.W_dec.detach() for name, arm in together.living()}
+        figure = decoder_against_truth(decoders, truth["features"], truth["parent"])
+        figure.savefig(run / "truth.png", dpi=150)
+    write_json(run / "metrics.json", {"train/tokens": float(tokens), "seconds": time.perf_counter() - started})
+    print_arms(table)
+    say(f"arms:    {run / 'arms.json'}\ncharts:  tensorboard --logdir {run}")
+    if together.failed and not in_sweep():  # a sweep counts them itself
+        raise SystemExit(1)
 
 
 def quiet_lightning() -> None:
@@ -163,22 +202,22 @@ def check_budget(cfg: DictConfig, data: ActivationData) -> None:
         raise ValueError("trainer.precision=16 needs loss scaling, which clipping here does not know; use bf16-mixed")
 
 
-def build_module(cfg: DictConfig, data: ActivationData) -> MatryoshkaTraining:
+def build_module(model: DictConfig, data: ActivationData) -> MatryoshkaTraining:
     """The LightningModule for these shards, starting from their mean and variance."""
     shards, target = data.shards, data.target_shards
-    if target is None and cfg.model.get("d_out") is not None:
+    if target is None and model.get("d_out") is not None:
         raise ValueError(
-            f"model.d_out={cfg.model.d_out} is of a transcoder; name what it reconstructs with data.target_hook_name=…"
+            f"model.d_out={model.d_out} is of a transcoder; name what it reconstructs with data.target_hook_name=…"
         )
     for key, of in (("d_in", shards), ("d_out", target)):
-        wanted = cfg.model.get(key)
+        wanted = model.get(key)
         if of is not None and wanted not in (None, of.d_in):
             raise ValueError(
                 f"shards in {of.directory} have {key}={of.d_in}, the model expects {wanted}; "
                 f"drop model.{key} or harvest another hook"
             )
     sizes = {"d_in": shards.d_in, "d_out": target.d_in if target is not None else None}
-    module: MatryoshkaTraining = instantiate(cfg.model, **sizes)
+    module: MatryoshkaTraining = instantiate(model, **sizes)
     of_target = (target.mean, target.mean_square) if target is not None else None
     first = None
     if module.b_dec_init == "geometric_median":
@@ -188,21 +227,29 @@ def build_module(cfg: DictConfig, data: ActivationData) -> MatryoshkaTraining:
     return module
 
 
-def build_trainer(cfg: DictConfig, data: ActivationData, module: MatryoshkaTraining, run: Path) -> L.Trainer:
-    """The configured Trainer with this project's callbacks, logger and checkpoints."""
+def build_trainer(
+    cfg: DictConfig, data: ActivationData, modules: dict[str, MatryoshkaTraining], run: Path
+) -> L.Trainer:
+    """The configured Trainer with this project's callbacks and checkpoints, and a logger for each arm.
+
+    One SAE alone also keeps its best checkpoint; of several arms there is no best.
+    """
     checkpoints = run / "checkpoints"
     on_mac = cfg.trainer.get("accelerator") == "auto" and torch.backends.mps.is_available()
+    best = f"val/fvu/p{modules[''].sae.d_sae}" if "" in modules else None
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         **({"accelerator": "cpu"} if on_mac else {}),  # MPS has no float64, which the statistics are kept in
         max_epochs=-1,
-        logger=TensorBoardLogger(run, name="", version="tensorboard", default_hp_metric=False),
+        logger=[
+            TensorBoardLogger(run / name, name="", version="tensorboard", default_hp_metric=False) for name in modules
+        ],
         plugins=[AtomicCheckpointIO()],
         callbacks=[
             SaveWhenStopping(checkpoints / LAST),
             TokenProgress(),
             PrefixCharts(),
-            *checkpoint_callbacks(checkpoints, cfg.checkpoint_every_steps, f"val/fvu/p{module.sae.d_sae}"),
+            *checkpoint_callbacks(checkpoints, cfg.checkpoint_every_steps, best),
         ],
     )
     steps = data.steps(cfg.tokens, trainer.world_size, trainer.accumulate_grad_batches)
@@ -261,30 +308,28 @@ def sae_metadata(shards: Shards, target: Shards | None, module: MatryoshkaTraini
 
 def report(
     metrics: dict[str, float],
-    trainer: L.Trainer,
+    logger: Any,
     module: MatryoshkaTraining,
     shards: Shards,
-    run: Path,
+    directory: Path,
     cfg: DictConfig,
+    step: int,
 ) -> None:
-    """The figures as metrics.json, in TensorBoard beside the hyperparameters, and as a table on the terminal."""
-    write_json(run / "metrics.json", {key: value for key, value in metrics.items() if math.isfinite(value)})
-    logger = trainer.logger
+    """The figures as metrics.json, in TensorBoard beside the settings, and a picture where the truth is known."""
+    write_json(directory / "metrics.json", {key: value for key, value in metrics.items() if math.isfinite(value)})
     assert isinstance(logger, TensorBoardLogger)
     settings = {key: value for key, value in module.hparams.items() if key != "d_in"}
     settings |= {"tokens": cfg.tokens, "batch_tokens": cfg.data.batch_tokens, "shards": shards.directory.name}
     final = {f"final/{key}": value for key, value in metrics.items()}
-    logger.log_metrics(final, trainer.global_step)
+    logger.log_metrics(final, step)
     inner = tuple(f"/p{width}" for width in module.sae.prefixes[:-1])  # too many columns beside hyperparameters
     logger.log_hyperparams(settings, {key: value for key, value in final.items() if not key.endswith(inner)})
     truth = shards.truth
     if truth is not None:
-        figure = decoder_against_truth({run.name: module.sae.W_dec}, truth["features"], truth["parent"])
-        figure.savefig(run / "truth.png", dpi=150)
-        logger.experiment.add_figure("truth", figure, trainer.global_step)
+        figure = decoder_against_truth({directory.name: module.sae.W_dec}, truth["features"], truth["parent"])
+        figure.savefig(directory / "truth.png", dpi=150)
+        logger.experiment.add_figure("truth", figure, step)
     logger.finalize("success")
-    print_table(metrics, module.sae.prefixes)
-    say(f"sae:     {run / 'sae'}\nmetrics: {run / 'metrics.json'}\ncharts:  tensorboard --logdir {run.parent}")
 
 
 def print_table(metrics: dict[str, float], prefixes: list[int]) -> None:
@@ -300,3 +345,14 @@ def print_table(metrics: dict[str, float], prefixes: list[int]) -> None:
         if not re.search(r"/p\d+$", key):
             rest.add_row(key, f"{value:,.0f}" if key == "train/tokens" else f"{value:.4g}")
     console.print(rest)
+
+
+def print_arms(table: dict[str, dict[str, float]]) -> None:
+    """One row an arm, of its widest prefix."""
+    wanted = ["val/fvu", "val/l0", "val/dead", "val/ce_score"]
+    wanted += [f"truth/{n}" for n in ("mcc", "firing_f1", "parent_silent_given_child", "cos_child_parent")]
+    columns = [key for key in wanted if any(key in row for row in table.values())]
+    shown = Table("arm", *(key.rpartition("/")[2] for key in columns), title="held-out rows, all latents")
+    for name, row in table.items():
+        shown.add_row(name, *(f"{row[key]:.4g}" if key in row else "" for key in columns))
+    Console().print(shown)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -46,6 +47,8 @@ class MatryoshkaTraining(L.LightningModule):
       (`unit_norm_before_step`), `free` (a penalty on acts then takes the norm in), or acts `rescaled` by the norm.
     - `prefix_sampling`: the `prefixes`; `random` draws `n_prefixes` anew each step; `every` takes all widths. What is
       logged and exported are the `prefixes` in any case.
+    - `inner_end`: what all levels but the outermost are weighed by at the end. They fall from 1 to it between the
+      two shares of all steps `inner_decay`, by a constant factor a step (linearly if it is 0), and stay there.
     - λ of a sparsity penalty: `sparsity_weight`, after `sparsity_warmup_steps` (below 1: a share of all steps), then
       moved by `sparsity_control` a step towards k active latents.
     - `resort_rate`: re-sort latents by their use after each step, rate of its EMA; null: never.
@@ -82,6 +85,8 @@ class MatryoshkaTraining(L.LightningModule):
         reduction: Literal["sum", "mean", "mean_twice"] | list[float] = "sum",
         balance: float = 1.0,
         bias_level: bool = False,
+        inner_end: float = 1.0,
+        inner_decay: list[float] = [0.4, 0.6],  # noqa: B006
         stop_gradient: bool = False,
         error: Literal["sum", "mean"] = "sum",
         aux: AuxK | dict[str, Any] | None = None,
@@ -111,9 +116,10 @@ class MatryoshkaTraining(L.LightningModule):
         for name, value in (
             *(("decay_start", decay_start), ("decay_end", decay_end), ("warmup_start", warmup_start)),
             *(("threshold_rate", threshold_rate), ("resort_rate", resort_rate), ("sparsity_control", sparsity_control)),
+            *(("inner_end", inner_end), *(("inner_decay", share) for share in inner_decay)),
         ):
             if value is not None and not 0 <= value <= 1:
-                what = "a share of all steps" if name == "decay_start" else "a share"
+                what = "a share of all steps" if name in ("decay_start", "inner_decay") else "a share"
                 raise ValueError(f"model.{name}={value} is {what}, expected between 0 and 1")
         for name, value in (
             *(("lr", lr), ("grad_clip", grad_clip), ("bandwidth", bandwidth), ("dead_after_steps", dead_after_steps)),
@@ -127,6 +133,8 @@ class MatryoshkaTraining(L.LightningModule):
         ):
             if value < 0:
                 raise ValueError(f"model.{name}={value} must not be negative")
+        if len(inner_decay) != 2 or inner_decay[0] > inner_decay[1]:
+            raise ValueError(f"model.inner_decay={inner_decay} must be two shares of all steps, the first not after it")
         if decoder.startswith("unit_norm") and decoder_init_norm != 1:
             raise ValueError(f"model.decoder_init_norm={decoder_init_norm} needs model.decoder=free or rescaled")
         if sparsity == "topk" and decoder in FOLDED_AFTER_TRAINING:
@@ -166,6 +174,7 @@ class MatryoshkaTraining(L.LightningModule):
         self.controller = L0Controller(sparsity_weight, k, sparsity_control)
         self.sparsity_warmup_steps = sparsity_warmup_steps
         self.decoder, self.normalise, self.b_dec_init, self.resort_rate = decoder, normalise, b_dec_init, resort_rate
+        self.inner_end, self.inner_decay = inner_end, (inner_decay[0], inner_decay[1])
         self.lr = lr if lr is not None else 2e-4 / math.sqrt(d_sae / 2**14)
         self.betas, self.grad_clip = (betas[0], betas[1]), grad_clip
         self.warmup_steps, self.warmup_shape, self.warmup_start = warmup_steps, warmup_shape, warmup_start
@@ -173,6 +182,8 @@ class MatryoshkaTraining(L.LightningModule):
         self.dead_after_tokens, self.dead_after_steps = dead_after_tokens, dead_after_steps
         self.dead_includes_batch = dead_includes_batch
         self.threshold_rate, self.kernels = threshold_rate, kernels
+        self.arm: int | None = None  # which of the trainer's loggers is this arm's, where several are trained together
+        self._adam: DictionaryAdam | None = None
         self._clock: tuple[float, int] | None = None  # when and at which step throughput was last measured
         self._sums: ReconstructionSums | None = None
 
@@ -210,7 +221,8 @@ class MatryoshkaTraining(L.LightningModule):
         if self.dead_includes_batch:
             sae.update_fired(everywhere, len(x) * world)
         dead = self._dead(len(x)) if self.objective.aux.coefficient > 0 else None
-        loss = matryoshka_loss(sae, x, self.objective, dead, y, widths, weight, code)
+        inner = self._inner(self.trainer.global_step, self.trainer.max_steps)
+        loss = matryoshka_loss(sae, x, self.objective, dead, y, widths, weight, code, inner)
         if sae.sparsity == "batch_topk":
             sae.update_threshold(code.values.detach(), self.threshold_rate)
         if self.resort_rate is not None:
@@ -227,6 +239,14 @@ class MatryoshkaTraining(L.LightningModule):
             return pareto_prefixes(self.sae.d_sae, self.n_prefixes, stream(self.seed, "prefixes", step))
         return "every" if self.prefix_sampling == "every" else self.sae.prefixes
 
+    def _inner(self, step: int, total: int) -> float:
+        """The weight of all levels but the outermost at this step."""
+        start, stop = (share * total for share in self.inner_decay)
+        if self.inner_end == 1 or step < start:
+            return 1.0
+        done = min(1.0, (step - start) / max(1.0, stop - start))
+        return float(self.inner_end**done) if self.inner_end > 0 else 1 - done
+
     def _dead(self, batch_tokens: int) -> Tensor:
         after = self.dead_after_tokens
         if self.dead_after_steps is not None:
@@ -241,6 +261,10 @@ class MatryoshkaTraining(L.LightningModule):
         assert self.resort_rate is not None
         self.sae.update_use(use.detach(), self.resort_rate)
 
+    def refuse_divergence(self) -> None:
+        """Raises ValueError in one line if the weights are no longer finite."""
+        self._refuse_divergence(self.sae.b_dec, self.trainer.global_step)
+
     def _refuse_divergence(self, tensor: Tensor, step: int) -> None:
         if not bool(tensor.isfinite().all()):
             raise ValueError(
@@ -251,26 +275,35 @@ class MatryoshkaTraining(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         step, logging = self.trainer.global_step + 1, self._should_log()
         super().optimizer_step(*args, **kwargs)
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, DictionaryAdam)
+        self.after_step(step, logging)
+
+    def after_step(self, step: int, logging: bool) -> None:
+        """What follows the optimizer's update number `step`."""
+        adam = self._adam
+        assert adam is not None
         if logging:
-            self._refuse_divergence(optimizer.grad_norm, step)
-            self._send({"train/grad_norm": float(optimizer.grad_norm)}, step)
+            self._refuse_divergence(adam.grad_norm, step)
+            self._send({"train/grad_norm": float(adam.grad_norm)}, step)
         if self.sae.sparsity == "jumprelu":  # below zero the gate would let negative pre-activations through
             self.sae.threshold.data.clamp_(min=0)
         if self.resort_rate is not None:
-            self.sae.permute(self.sae.use.argsort(descending=True, stable=True), optimizer)
+            self.sae.permute(self.sae.use.argsort(descending=True, stable=True), adam)
 
     def configure_optimizers(self) -> Any:
+        optimizer, factor = self.build_optimizer()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def build_optimizer(self) -> tuple[DictionaryAdam, Callable[[int], float]]:
+        """Adam for the trainer's number of steps, and what its lr is multiplied by at each step."""
         large = self.kernels == "auto" and self.sae.W_enc.numel() >= 1 << 18  # less is not worth a compiler's seconds
         kernels = "compiled" if large else self.kernels
-        optimizer = DictionaryAdam(self.sae, self.lr, self.betas, self.grad_clip, self.decoder, kernels)
+        self._adam = DictionaryAdam(self.sae, self.lr, self.betas, self.grad_clip, self.decoder, kernels)
         total = self.trainer.max_steps  # not estimated_stepping_batches: touching that loses the loader's state
         assert total > 0, "training needs trainer.max_steps"
         share = self.sparsity_warmup_steps
         self.controller.warmup_steps = round(share * total) if share < 1 else min(round(share), total)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_factor(step, total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self._adam, lambda step: self._lr_factor(step, total)
 
     def _lr_factor(self, step: int, total: int) -> float:
         warmup, decay_from = min(self.warmup_steps, total), self.decay_start * total
@@ -290,12 +323,13 @@ class MatryoshkaTraining(L.LightningModule):
         return bool(self.loggers) and (step == 0 or (step + 1) % every == 0)
 
     def _send(self, metrics: dict[str, float], step: int) -> None:
-        for logger in self.loggers:
+        for logger in self.loggers if self.arm is None else [self.loggers[self.arm]]:
             logger.log_metrics(metrics, step=step)
 
     @torch.no_grad()
     def _log_step(self, x: Tensor, y: Tensor, loss: Loss, fired: Tensor, weight: Tensor | float) -> None:
-        sae, trainer = self.sae, self.trainer
+        sae, trainer, adam = self.sae, self.trainer, self._adam
+        assert adam is not None
         # loss = E‖y' − recon‖² in scaled units, mse = E‖y − ŷ‖² / d_out in raw ones, fvu over this batch's variance
         losses = prefix_errors(sae, loss.code, y)
         errors = losses / sae.target_scale.double().square()
@@ -321,7 +355,8 @@ class MatryoshkaTraining(L.LightningModule):
             **({"train/threshold": float(sae.threshold.mean())} if sae.sparsity != "topk" else {}),
             **({"train/sparsity": float(loss.sparsity), "train/sparsity_weight": float(weight)} if weight else {}),
             **({"train/orthogonality": float(loss.orthogonality)} if self.objective.orthogonality else {}),
-            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            **({"train/inner": self._inner(step, trainer.max_steps)} if self.inner_end != 1 else {}),
+            "train/lr": adam.param_groups[0]["lr"],
         }
         self._send(metrics, step + 1)
 
@@ -337,6 +372,10 @@ class MatryoshkaTraining(L.LightningModule):
         self._sums.update(self.sae, *as_pair(batch, self.sae.W_dec))
 
     def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.validation_metrics())
+
+    def validation_metrics(self) -> dict[str, float]:
+        """`val/{name}/p{width}` over the batches that validation has seen on all ranks."""
         assert self._sums is not None
         if self.trainer.world_size > 1:
             for tensor in self._sums.tensors.values():
@@ -344,14 +383,13 @@ class MatryoshkaTraining(L.LightningModule):
         metrics = self._sums.metrics()
         for width in self.sae.prefixes:  # in scaled units, comparable with train/loss
             metrics[f"loss/p{width}"] = metrics[f"mse/p{width}"] * self.sae.d_out * float(self.sae.target_scale) ** 2
-        kept = {f"val/{key}": value for key, value in metrics.items() if key.split("/")[0] in METRICS}
-        self.log_dict(kept)
         self._clock = None  # validation's time is not training's
+        return {f"val/{key}": value for key, value in metrics.items() if key.split("/")[0] in METRICS}
 
     # --- resuming ----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._refuse_divergence(self.sae.b_dec, self.trainer.global_step)  # a checkpoint of it would replace a good one
+        self.refuse_divergence()  # a checkpoint of it would replace a good one
         checkpoint["rng"] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
