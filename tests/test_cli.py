@@ -18,6 +18,7 @@ from msae import harvest, train
 from msae.config import compose, config_dir
 from msae.data.shards import Shards
 from msae.sae import load_sae
+from tests.test_model import same
 from tests.tiny_lm import sentences, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -171,7 +172,7 @@ def one_line(err: str) -> str:
 def same_weights(a: Path, b: Path) -> None:
     one, other = load_sae(a / "sae").state_dict(), load_sae(b / "sae").state_dict()
     assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert [name for name in one if not same(one[name], other[name])] == []
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}

@@ -16,11 +16,11 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from msae import __version__
-from msae.config import arm_models, describe_arms, in_sweep, run_directory
+from msae.config import arm_models, describe_arms, explain, in_sweep, run_directory
 from msae.data.batches import TrainBatches, ValBatches
 from msae.data.datamodule import ActivationData
 from msae.data.shards import Shards, write_json
@@ -60,8 +60,11 @@ def train(cfg: DictConfig, data: ActivationData, checkpoint: Path | None, starte
     for name, model in models.items():
         try:
             modules[name] = build_module(model, data)
-        except ValueError as error:
-            raise ValueError(f"arm {name}: {error}" if name else str(error)) from error
+        except Exception as error:
+            line = explain(error)
+            if not name or line is None:  # alone, or a bug
+                raise
+            raise ValueError(f"arm {name}: {line}") from error
     check_budget(cfg, data)
     run = checkpoint.parent.parent if checkpoint else run_directory(cfg.name, cfg.runs, cfg.run_dir)
     if checkpoint is None:
@@ -352,7 +355,11 @@ def print_arms(table: dict[str, dict[str, float]]) -> None:
     wanted = ["val/fvu", "val/l0", "val/dead", "val/ce_score"]
     wanted += [f"truth/{n}" for n in ("mcc", "firing_f1", "parent_silent_given_child", "cos_child_parent")]
     columns = [key for key in wanted if any(key in row for row in table.values())]
-    shown = Table("arm", *(key.rpartition("/")[2] for key in columns), title="held-out rows, all latents")
+    shown = Table(
+        Column("arm", overflow="fold"),
+        *(Column(key.rpartition("/")[2], overflow="fold") for key in columns),
+        title="held-out rows, all latents",
+    )
     for name, row in table.items():
         shown.add_row(name, *(f"{row[key]:.4g}" if key in row else "" for key in columns))
     Console().print(shown)
