@@ -156,7 +156,7 @@ def lines(
         raise ValueError(f"log_x needs positive numbers, not {every}")
     labels = list(dict.fromkeys(label for series in panels.values() for label in series))
     style = dict(zip(labels, cycle(STYLES), strict=False))
-    columns = min(len(panels), 3)
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
     down = -(-len(panels) // columns)
     figure = Figure(figsize=(0.4 + 3.6 * columns, 0.5 + 2.9 * down), layout="constrained")
     axes = figure.subplots(down, columns, squeeze=False).flatten()
