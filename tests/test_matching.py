@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from msae.evaluation.matching import CANDIDATES, cosines, match, mcc, mcc_chance, mmcs, nearest, uniqueness
@@ -58,6 +59,19 @@ def test_sparse_matching_is_nearly_the_exact_one(shape, trained) -> None:
     assert mcc(exact) * (1 - 1e-4) <= mcc(sparse) <= mcc(exact) + 1e-6
     if shape[0] == shape[1]:  # where nobody has a choice, two candidates are too few
         assert mcc(match(W_dec, features, nearest(W_dec, features, 2), dense=0)) < mcc(exact) * (1 - 1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sparse_matching_is_the_best_among_its_candidates(shape) -> None:
+    W_dec, features = example(*shape)
+    near, cos = nearest(W_dec, features, 2), cosines(W_dec, features).abs()
+    candidate = torch.eye(*shape).bool()
+    candidate.scatter_(1, near.feature, True)
+    candidate.T.scatter_(1, near.latent, True)
+    best = linear_sum_assignment(torch.where(candidate, cos, -99).numpy(), maximize=True)
+    found = match(W_dec, features, near, dense=0)
+    assert candidate[found.latent, found.feature].all()
+    assert mcc(found) == pytest.approx(float(cos[best].mean()), abs=1e-6)
 
 
 @pytest.mark.parametrize(("shape", "gap"), [((900, 900), 0.02), ((500, 900), 1e-3), ((900, 500), 1e-3)])

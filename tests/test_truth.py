@@ -292,6 +292,7 @@ def test_weak_firing_does_not_count(tree) -> None:
         encoder[12] += leak * encoder[13]
         metrics = truth_metrics(hand_made(encoder, decoder, 0.001), x, truth)
         assert (metrics["firing_precision"] == 1) == precise
+        assert (metrics["edge_precision"] == 1) == precise  # one fires wherever the other does
         assert metrics["l0_ratio"] > 1.01
 
 
