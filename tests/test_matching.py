@@ -100,6 +100,6 @@ def test_perfect_dictionaries_are_found_sparsely() -> None:
 
 def test_chance() -> None:
     """0.13–0.15 for 4096 random latents and as many features at d_in 768; the same for the same seed."""
-    features = torch.randn(4096, 768, generator=torch.Generator().manual_seed(7))
+    features = torch.randn(4096, 768, generator=torch.Generator().manual_seed(0))  # of a random stream of its own
     assert 0.13 < mcc_chance(features, 4096) < 0.15
     assert mcc_chance(features[:50], 30) == mcc_chance(features[:50], 30) != mcc_chance(features[:50], 30, seed=1)
