@@ -9,17 +9,9 @@ from torch import Tensor
 from msae.data.batches import ValBatches
 from msae.data.harvest import harvest
 from msae.data.synthetic import TreeSource
-from msae.evaluation.evaluate import calibrate
+from msae.evaluation.evaluate import calibrate, evaluate
 from msae.evaluation.reconstruction import ReconstructionSums, reconstruction_metrics
-from msae.evaluation.truth import (
-    cosines,
-    firing_scores,
-    match,
-    mcc,
-    parent_silent_given_child,
-    truth_metrics,
-    uniqueness,
-)
+from msae.evaluation.truth import truth_metrics
 from msae.sae import MatryoshkaSAE
 
 # --- reconstruction --------------------------------------------------------------------------------------------
@@ -160,152 +152,22 @@ def test_zero_rows_have_no_direction_and_no_ratio() -> None:
     )
 
 
-# --- truth: SAEs made by hand ----------------------------------------------------------------------------------
-
-CHILDREN = {3 + 3 * p + c: p for p in range(3) for c in range(3)}
-
-
-@pytest.fixture(scope="module")
-def world() -> tuple[TreeSource, Tensor, dict[str, Tensor]]:
-    source = TreeSource(rows=64, val_rows=20_000, chunk_rows=64)
-    chunk = next(source.chunks(None))
-    return source, chunk.splits["val"].activations["synthetic"], source.truth()
-
-
-def hand_made(encoder: Tensor, decoder: Tensor) -> MatryoshkaSAE:
-    """Latents fire where x · encoder row > 0.1."""
-    n, d_in = decoder.shape
-    sae = MatryoshkaSAE(d_in, n, [n], 1)
-    with torch.no_grad():
-        sae.W_enc.copy_(encoder.T)
-        sae.W_dec.copy_(torch.nn.functional.normalize(decoder, dim=1))
-    sae.threshold.fill_(0.1)
-    return sae
-
-
-def perfect(features: Tensor) -> tuple[Tensor, Tensor]:
-    return features / features.square().sum(1, keepdim=True), features.clone()
-
-
-def absorbed(features: Tensor) -> tuple[Tensor, Tensor]:
-    """A parent's latent is silent under its children, whose latents decode to both."""
-    encoder, decoder = perfect(features)
-    directions = torch.nn.functional.normalize(features, dim=1)
-    for child, parent in CHILDREN.items():
-        encoder[parent] -= encoder[child]
-        decoder[child] = directions[child] + directions[parent]
-    return encoder, decoder
-
-
-def test_perfect_sae(world) -> None:
-    source, x, truth = world
-    metrics = truth_metrics(hand_made(*perfect(source.features)), x, truth)
-    assert metrics["mcc"] == pytest.approx(1, abs=1e-5)
-    assert metrics["cos_child_parent"] == pytest.approx(0, abs=1e-5)
-    assert metrics["uniqueness"] == 1
-    assert [metrics[f"firing_{name}"] for name in ("precision", "recall", "f1")] == [1, 1, 1]
-    assert metrics["parent_silent_given_child"] == 0
-
-
-def test_truth_of_the_rows_from_a_later_one_on(world) -> None:
-    source, x, truth = world
-    half = len(x) // 2
-    metrics = truth_metrics(hand_made(*perfect(source.features)), x[half:], truth, half)
-    assert metrics["firing_f1"] == 1
-    codes = torch.zeros(len(x), len(source.features))
-    row = torch.repeat_interleave(torch.arange(len(x)), truth["offsets"].diff())
-    codes[row, truth["feature"].long()] = 1
-    assert metrics["true_l0"] == pytest.approx(float(codes[half:].sum(1).mean()))
-
-
-def test_absorbed_sae(world) -> None:
-    source, x, truth = world
-    metrics = truth_metrics(hand_made(*absorbed(source.features)), x, truth)
-    assert metrics["parent_silent_given_child"] == 1
-    assert metrics["cos_child_parent"] == pytest.approx(1 / math.sqrt(2), abs=1e-5)
-    assert metrics["cos_child_parent_positive"] == pytest.approx(1 / math.sqrt(2), abs=1e-5)
-    assert metrics["cos_child_parent_negative"] == pytest.approx(0, abs=1e-5)
-    assert metrics["mcc"] == pytest.approx((3 + 9 / math.sqrt(2) + 8) / 20, abs=1e-5)
-    assert metrics["firing_precision"] == 1
-    # A parent's latent fires where no child is active, 0.4 of the time: F1 = 2 · 0.4 / 1.4.
-    assert metrics["firing_recall"] == pytest.approx((3 * 0.4 + 17) / 20, abs=0.01)
-    assert metrics["firing_f1"] == pytest.approx((3 * 0.8 / 1.4 + 17) / 20, abs=0.01)
-
-
-@pytest.mark.parametrize("build", [perfect, absorbed])
-def test_the_order_of_latents_does_not_matter(world, build) -> None:
-    source, x, truth = world
-    encoder, decoder = build(source.features)
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    shuffled = truth_metrics(hand_made(encoder[order], decoder[order]), x, truth)
-    straight = truth_metrics(hand_made(encoder, decoder), x, truth)
-    if build is absorbed:  # a child's latent is as near to the parent as to the child: rounding decides
-        del shuffled["uniqueness"], straight["uniqueness"]
-    assert shuffled == pytest.approx(straight, abs=1e-6)
-
-
-def test_dead_latents(world) -> None:
-    """Two features have a latent that never fires; four latents more match nothing."""
-    source, x, truth = world
-    encoder, decoder = perfect(source.features)
-    encoder[[0, 19]] = 0.0  # the first parent, the last independent one
-    spare = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
-    metrics = truth_metrics(hand_made(torch.cat([encoder, 0 * spare]), torch.cat([decoder, spare])), x, truth)
-    assert metrics["mcc"] == pytest.approx(1, abs=1e-5)
-    assert metrics["firing_recall"] == metrics["firing_f1"] == pytest.approx(18 / 20)
-    assert metrics["parent_silent_given_child"] == pytest.approx(1 / 3)
-    assert metrics["uniqueness"] == pytest.approx(20 / 24)
-
-
-def test_fewer_latents_than_features(world) -> None:
-    """Parents alone: a feature without a latent never fires, and no edge can be read."""
-    source, x, truth = world
-    encoder, decoder = perfect(source.features)
-    metrics = truth_metrics(hand_made(encoder[:3], decoder[:3]), x[:5000], truth)
-    assert metrics["mcc"] == pytest.approx(1, abs=1e-5)
-    assert metrics["firing_f1"] == 1
-    assert metrics["parent_silent_given_child"] == 0
-    assert math.isnan(metrics["cos_child_parent"])
-    silent = truth_metrics(hand_made(encoder[3:], decoder[3:]), x, truth)
-    assert silent["parent_silent_given_child"] == 1
-
-
-def test_weak_firing_does_not_count(world) -> None:
-    """5 % of a latent's own maximum is the floor: a leak of 4 % is silent, one of 6 % fires."""
-    source, x, truth = world
-    for leak, precise in ((0.04, True), (0.06, False)):
-        encoder, decoder = perfect(source.features)
-        encoder[12] += leak * encoder[13]
-        sae = hand_made(encoder, decoder)
-        sae.threshold.fill_(0.001)
-        assert (truth_metrics(sae, x, truth)["firing_precision"] > 0.999) == precise
-
-
-def test_parts_by_hand() -> None:
-    cos = cosines(torch.tensor([[0.0, 2.0], [-3.0, 0.0], [3.0, 4.0]]), torch.tensor([[5.0, 0.0], [0.0, 1.0]]))
-    torch.testing.assert_close(cos, torch.tensor([[0.0, 1.0], [-1.0, 0.0], [0.6, 0.8]]))
-    latents, features = match(cos)
-    assert (latents.tolist(), features.tolist()) == ([0, 1], [1, 0])
-    assert mcc(cos) == pytest.approx(1)
-    assert uniqueness(cos) == pytest.approx(2 / 3)
-
-    fires = torch.tensor([[1, 0], [1, 0], [0, 0], [1, 1]]).bool()
-    active = torch.tensor([[1, 0], [0, 0], [1, 0], [1, 0]]).bool()
-    scores = firing_scores(fires, active)  # first pair 2 of 3 and 2 of 3; second never right
-    assert scores == pytest.approx({"firing_precision": 1 / 3, "firing_recall": 1 / 3, "firing_f1": 1 / 3})
-
-    # Parent 0 with child 1: both active in rows 1, 3; its latent fires in row 3. Feature 2 is alone.
-    active = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 1, 0], [1, 1, 0]]).bool()
-    fires = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 0], [1, 1, 0]]).bool()
-    assert parent_silent_given_child(fires, active, torch.tensor([-1, 0, -1])) == 0.5
-    assert math.isnan(parent_silent_given_child(fires, active, torch.tensor([-1, -1, -1])))
-
-
-def test_mcc_of_fewer_latents_than_features() -> None:
-    assert mcc(torch.tensor([[0.6, -0.8]])) == pytest.approx(0.8)
+def test_evaluation_streams_the_held_out_rows(tmp_path) -> None:
+    """Rows in batches and shards of other sizes, from a row in the middle on, have the figures of all at once."""
+    source = TreeSource(rows=64, val_rows=1000, chunk_rows=64)
+    shards = harvest(source, tmp_path, show=False)["synthetic"]
+    sae = MatryoshkaSAE(20, 32, [4, 32], 2)
+    sae.threshold.fill_(0.2)
+    got = evaluate(sae, shards, source, "synthetic", 300, 64, 0)
+    expected = truth_metrics(sae, shards.activations("val", 0)[300:], shards.truth, 300)
+    assert {k[6:]: v for k, v in got.items() if k.startswith("truth/")} == pytest.approx(expected, nan_ok=True)
+    assert got["truth/l0"] == pytest.approx(got["val/l0/p32"])
 
 
 # --- the tree --------------------------------------------------------------------------------------------------
+
+
+CHILDREN = {3 + 3 * p + c: p for p in range(3) for c in range(3)}
 
 
 def test_tree_rates_and_structure() -> None:

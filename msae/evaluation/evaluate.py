@@ -64,11 +64,10 @@ def evaluate(
             sums.update(sae, x, y)
             bar.update(len(x))
     metrics = {f"val/{name}": value for name, value in sums.metrics().items()} | {"train/k": float(sae.k)}
-    if shards.truth is not None:
-        rows = torch.cat([shards.activations("val", i) for i in range(len(shards.rows("val")))])
-        metrics |= {
-            f"truth/{name}": value for name, value in truth_metrics(sae, rows[start:], shards.truth, start).items()
-        }
+    truth = shards.truth
+    if truth is not None:
+        rows = (as_pair(batch, sae.W_dec)[0] for batch in batches)
+        metrics |= {f"truth/{name}": value for name, value in truth_metrics(sae, rows, truth, start).items()}
     if isinstance(source, LanguageModelSource) and ce_sequences > 0:
         at = hook_name if target is None else target.manifest["hook_name"]
         if can_replace(at):
