@@ -8,7 +8,7 @@ from torch import Tensor
 
 from msae.data.batches import ValBatches
 from msae.data.harvest import harvest
-from msae.data.synthetic import TreeSource
+from msae.data.synthetic import ForestSource
 from msae.evaluation.evaluate import calibrate
 from msae.evaluation.reconstruction import ReconstructionSums, reconstruction_metrics
 from msae.evaluation.truth import (
@@ -107,7 +107,7 @@ def test_a_transcoder_is_measured_against_its_target() -> None:
 
 @pytest.mark.parametrize("sparsity", ["batch_topk", "topk", "jumprelu", "l1", "log"])
 def test_calibration_sets_the_thresholds_of_batch_topk_alone(sparsity, tmp_path) -> None:
-    shards = harvest(TreeSource(rows=64, val_rows=700, chunk_rows=64), tmp_path, show=False)["synthetic"]
+    shards = harvest(ForestSource(rows=64, val_rows=700, chunk_rows=64), tmp_path, show=False)["synthetic"]
     sae = MatryoshkaSAE(20, 32, [4, 16, 32], 2, sparsity=sparsity, threshold_init=0.2)
     with torch.no_grad():  # rows that are alike must not have the same codes
         sae.b_enc.add_(0.1), sae.W_enc.add_(0.3 * torch.randn(20, 32, generator=torch.Generator().manual_seed(0)))
@@ -166,8 +166,8 @@ CHILDREN = {3 + 3 * p + c: p for p in range(3) for c in range(3)}
 
 
 @pytest.fixture(scope="module")
-def world() -> tuple[TreeSource, Tensor, dict[str, Tensor]]:
-    source = TreeSource(rows=64, val_rows=20_000, chunk_rows=64)
+def world() -> tuple[ForestSource, Tensor, dict[str, Tensor]]:
+    source = ForestSource(rows=64, val_rows=20_000, chunk_rows=64)
     chunk = next(source.chunks(None))
     return source, chunk.splits["val"].activations["synthetic"], source.truth()
 
@@ -309,7 +309,7 @@ def test_mcc_of_fewer_latents_than_features() -> None:
 
 
 def test_tree_rates_and_structure() -> None:
-    source, n = TreeSource(), 200_000
+    source, n = ForestSource(), 200_000
     codes = source.draw(n, torch.Generator().manual_seed(0))
     assert set(codes.unique().tolist()) == {0.0, 1.0}
     rates = codes.double().mean(0)
@@ -328,34 +328,34 @@ def test_tree_rates_and_structure() -> None:
 
 
 def test_tree_directions_are_orthogonal() -> None:
-    features = TreeSource(norm_spread=0.05).features
+    features = ForestSource(norm_spread=0.05).features
     gram = features @ features.T
     assert (gram - gram.diag().diag()).abs().max() < 1e-5
     assert 0.01 < float(features.norm(dim=1).std()) < 0.15
-    torch.testing.assert_close(TreeSource(norm_spread=0).features.norm(dim=1), torch.ones(20))
+    torch.testing.assert_close(ForestSource(norm_spread=0).features.norm(dim=1), torch.ones(20))
 
 
 def test_world_and_rows_come_from_separate_streams() -> None:
-    def rows(source: TreeSource, split: str) -> Tensor:
+    def rows(source: ForestSource, split: str) -> Tensor:
         return next(source.chunks(None)).splits[split].activations["synthetic"]
 
     small = {"rows": 500, "val_rows": 300, "chunk_rows": 100}
-    base = TreeSource(**small)
-    rarer = TreeSource(**small, independent_p=0.01)  # other rates: the same world
+    base = ForestSource(**small)
+    rarer = ForestSource(**small, independent_p=0.01)  # other rates: the same world
     assert torch.equal(base.features, rarer.features)
-    shorter = TreeSource(**{**small, "rows": 100, "val_rows": 30})  # other sizes: the same world, the same train rows
+    shorter = ForestSource(**{**small, "rows": 100, "val_rows": 30})  # other sizes: the same world, the same train rows
     assert torch.equal(base.features, shorter.features)
     assert torch.equal(rows(base, "train"), rows(shorter, "train"))
-    other = TreeSource(**small, seed=1)
+    other = ForestSource(**small, seed=1)
     assert not torch.equal(base.features, other.features)
-    even = TreeSource(rows=100, val_rows=100, chunk_rows=100)
+    even = ForestSource(rows=100, val_rows=100, chunk_rows=100)
     assert not torch.equal(rows(even, "train"), rows(even, "val"))
     train = [chunk.splits["train"].activations["synthetic"] for chunk in base.chunks(None)]
     assert not torch.equal(train[0], train[1])
 
 
 def test_truth_is_that_of_the_val_rows(tmp_path) -> None:
-    source = TreeSource(rows=300, val_rows=1000, chunk_rows=128)
+    source = ForestSource(rows=300, val_rows=1000, chunk_rows=128)
     shards = harvest(source, tmp_path, show=False)["synthetic"]
     truth = shards.truth
     assert truth["offsets"].shape == (1001,)
@@ -382,10 +382,10 @@ def test_truth_is_that_of_the_val_rows(tmp_path) -> None:
 )
 def test_impossible_trees(options, message) -> None:
     with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
-        TreeSource(**options)
+        ForestSource(**options)
 
 
 @pytest.mark.parametrize("options", [{"parents": -1}, {"independent": -9}, {"parents": 0, "independent": 0}])
 def test_impossible_counts(options) -> None:
     with pytest.raises(ValueError, match="parents"):
-        TreeSource(**options)
+        ForestSource(**options)
