@@ -9,7 +9,8 @@ from torch import Generator, Tensor
 def zipf(n: int, exponent: float, most: float, least: float) -> Tensor:
     """Rates [n] from `most` down to `least`, float64: their excess over `least` falls as i^−exponent − n^−exponent."""
     power = torch.arange(1, n + 1, dtype=torch.float64) ** -exponent
-    return least + (most - least) * (power - power[-1]) / (1 - power[-1] if n > 1 else 1)
+    last = power[-1] if n > 1 else 0
+    return least + (most - least) * (power - last) / (1 - last)
 
 
 def folded_normal_mean(mean: Tensor, std: Tensor) -> Tensor:

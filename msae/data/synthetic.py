@@ -158,7 +158,7 @@ class ForestSource:
         """Unit rows [n_features, d_in]."""
         n, generator = self.features_count, stream(self.seed, "world")
         if kind == "orthogonal":
-            found = torch.linalg.qr(torch.randn(d_in, d_in, generator=generator))[0][:n].clone()
+            found = torch.linalg.qr(torch.randn(d_in, d_in, generator=generator))[0][:n].contiguous()
         else:
             found = normalize(torch.randn(n, d_in, generator=generator), dim=1)
         if parent_cosine is None:
