@@ -48,9 +48,9 @@ class ForestSource:
       where `parent_cosine` is given, each child's is turned so that it has this cosine with its parent's. Norms are 1 +
       `norm_spread` · randn.
     - **Correlation** of roots and independent features (children only follow): a Gaussian copula. Each of these fires
-      where g = λ·z + √(1 − ‖λ‖²)·randn exceeds the quantile of its rate, which is therefore exact; z ~
-      N(0, 1) of `correlation_rank` (0: none) is shared in a row, λ ~ `correlation_scale` · randn, shortened where ‖λ‖²
-      exceeds 0.99. So corr(g_i, g_j) = λ_i·λ_j, with mean square `correlation_scale`⁴ · `correlation_rank`.
+      where g = λ·z + √(1 − ‖λ‖²)·randn exceeds the quantile of its rate, which is therefore exact; a row has one z ~
+      randn of `correlation_rank` (0: none), λ ~ `correlation_scale` · randn is shortened where ‖λ‖² exceeds 0.99. So
+      corr(g_i, g_j) = λ_i·λ_j, with mean square `correlation_scale`⁴ · `correlation_rank`.
     - `noise`: standard deviation of what is added to every entry of x.
 
     SynthSAEBench-16k (arXiv 2602.14687) is `conf/experiment/forest_16k.yaml`. Known differences to SAELens's: there all
@@ -114,12 +114,9 @@ class ForestSource:
             parents, start = start, self.levels[-1].stop
         self.features_count = n = start + independent
         self.parent = torch.full((n,), -1)
-        for level in self.levels:
-            self.parent[level.start : level.stop] = torch.arange(level.parents, level.start).repeat_interleave(
-                level.each
-            )
-        if d_in is None:
-            d_in = n
+        for parents, start, stop, each in self.levels:
+            self.parent[start:stop] = torch.arange(parents, start).repeat_interleave(each)
+        d_in = n if d_in is None else d_in
         if directions == "orthogonal" and d_in < n:
             raise ValueError(
                 f"data.source.d_in={d_in} has no room for {n} orthogonal directions; set data.source.directions=random"
@@ -132,13 +129,13 @@ class ForestSource:
         self.has_spread = bool(self.std.any())
         self.expected = folded_normal_mean(self.mean, self.std)  # of a feature's own magnitude
 
-        if rates == "uniform":
+        if rates == "zipf":
+            rate = self._possible(zipf(n, zipf_exponent, max_p, min_p), most_with_child)
+        else:
             rate = torch.full((n,), float(independent_p), dtype=torch.float64)
             rate[:trees] = root_p
             for level, p in zip(self.levels, child_ps, strict=True):
                 rate[level.start : level.stop] = rate[self.parent[level.start : level.stop]] * p
-        else:
-            rate = self._possible(zipf(n, zipf_exponent, max_p, min_p), most_with_child)
         self.rate = rate.float()
         self.top = torch.cat([torch.arange(trees), torch.arange(n - independent, n)])  # features without a parent
         given_parent = rate / rate[self.parent].clamp_min(1e-30)  # of children alone
