@@ -1,4 +1,4 @@
-"""Metrics against direct formulas and SAEs made by hand; the synthetic tree against its own rates."""
+"""Metrics against direct formulas and SAEs made by hand."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from msae.data.batches import ValBatches
 from msae.data.harvest import harvest
-from msae.data.synthetic import TreeSource
+from msae.data.synthetic import ForestSource
 from msae.evaluation.evaluate import calibrate, evaluate
 from msae.evaluation.reconstruction import ReconstructionSums, reconstruction_metrics
 from msae.evaluation.truth import truth_metrics
@@ -99,7 +99,7 @@ def test_a_transcoder_is_measured_against_its_target() -> None:
 
 @pytest.mark.parametrize("sparsity", ["batch_topk", "topk", "jumprelu", "l1", "log"])
 def test_calibration_sets_the_thresholds_of_batch_topk_alone(sparsity, tmp_path) -> None:
-    shards = harvest(TreeSource(rows=64, val_rows=700, chunk_rows=64), tmp_path, show=False)["synthetic"]
+    shards = harvest(ForestSource(rows=64, val_rows=700, chunk_rows=64), tmp_path, show=False)["synthetic"]
     sae = MatryoshkaSAE(20, 32, [4, 16, 32], 2, sparsity=sparsity, threshold_init=0.2)
     with torch.no_grad():  # rows that are alike must not have the same codes
         sae.b_enc.add_(0.1), sae.W_enc.add_(0.3 * torch.randn(20, 32, generator=torch.Generator().manual_seed(0)))
@@ -154,7 +154,7 @@ def test_zero_rows_have_no_direction_and_no_ratio() -> None:
 
 def test_evaluation_streams_the_held_out_rows(tmp_path) -> None:
     """Rows in batches and shards of other sizes, from a row in the middle on, have the figures of all at once."""
-    source = TreeSource(rows=64, val_rows=1000, chunk_rows=64)
+    source = ForestSource(rows=64, val_rows=1000, chunk_rows=64)
     shards = harvest(source, tmp_path, show=False)["synthetic"]
     sae = MatryoshkaSAE(20, 32, [4, 32], 2)
     sae.threshold.fill_(0.2)
@@ -162,92 +162,3 @@ def test_evaluation_streams_the_held_out_rows(tmp_path) -> None:
     expected = truth_metrics(sae, shards.activations("val", 0)[300:], shards.truth, 300)
     assert {k[6:]: v for k, v in got.items() if k.startswith("truth/")} == pytest.approx(expected, nan_ok=True)
     assert got["truth/l0"] == pytest.approx(got["val/l0/p32"])
-
-
-# --- the tree --------------------------------------------------------------------------------------------------
-
-
-CHILDREN = {3 + 3 * p + c: p for p in range(3) for c in range(3)}
-
-
-def test_tree_rates_and_structure() -> None:
-    source, n = TreeSource(), 200_000
-    codes = source.draw(n, torch.Generator().manual_seed(0))
-    assert set(codes.unique().tolist()) == {0.0, 1.0}
-    rates = codes.double().mean(0)
-    expected = torch.tensor([0.15] * 3 + [0.03] * 9 + [0.05] * 8, dtype=torch.float64)
-    error = (expected * (1 - expected) / n).sqrt()
-    assert ((rates - expected).abs() < 5 * error).all()
-    assert float(codes.sum(1).mean()) == pytest.approx(3 * 0.15 + 9 * 0.03 + 8 * 0.05, abs=0.02)  # 1.12
-    for child, parent in CHILDREN.items():
-        assert int(source.parent[child]) == parent
-        assert (codes[:, parent] >= codes[:, child]).all()
-    for parent in range(3):
-        assert codes[:, 3 + 3 * parent : 6 + 3 * parent].sum(1).max() == 1
-    assert (source.parent[[0, 1, 2, *range(12, 20)]] == -1).all()
-    joint = (codes.T @ codes).double() / n  # different trees are independent
-    assert float(joint[0, 1]) == pytest.approx(0.15**2, abs=0.002)
-
-
-def test_tree_directions_are_orthogonal() -> None:
-    features = TreeSource(norm_spread=0.05).features
-    gram = features @ features.T
-    assert (gram - gram.diag().diag()).abs().max() < 1e-5
-    assert 0.01 < float(features.norm(dim=1).std()) < 0.15
-    torch.testing.assert_close(TreeSource(norm_spread=0).features.norm(dim=1), torch.ones(20))
-
-
-def test_world_and_rows_come_from_separate_streams() -> None:
-    def rows(source: TreeSource, split: str) -> Tensor:
-        return next(source.chunks(None)).splits[split].activations["synthetic"]
-
-    small = {"rows": 500, "val_rows": 300, "chunk_rows": 100}
-    base = TreeSource(**small)
-    rarer = TreeSource(**small, independent_p=0.01)  # other rates: the same world
-    assert torch.equal(base.features, rarer.features)
-    shorter = TreeSource(**{**small, "rows": 100, "val_rows": 30})  # other sizes: the same world, the same train rows
-    assert torch.equal(base.features, shorter.features)
-    assert torch.equal(rows(base, "train"), rows(shorter, "train"))
-    other = TreeSource(**small, seed=1)
-    assert not torch.equal(base.features, other.features)
-    even = TreeSource(rows=100, val_rows=100, chunk_rows=100)
-    assert not torch.equal(rows(even, "train"), rows(even, "val"))
-    train = [chunk.splits["train"].activations["synthetic"] for chunk in base.chunks(None)]
-    assert not torch.equal(train[0], train[1])
-
-
-def test_truth_is_that_of_the_val_rows(tmp_path) -> None:
-    source = TreeSource(rows=300, val_rows=1000, chunk_rows=128)
-    shards = harvest(source, tmp_path, show=False)["synthetic"]
-    truth = shards.truth
-    assert truth["offsets"].shape == (1001,)
-    codes = torch.zeros(1000, 20)
-    for row in range(1000):
-        first, last = truth["offsets"][row : row + 2].tolist()
-        codes[row, truth["feature"][first:last].long()] = truth["value"][first:last]
-    torch.testing.assert_close(codes @ truth["features"], shards.activations("val", 0))
-    assert torch.equal(truth["parent"], source.parent)
-    assert sum(shards.rows("train")) == 300
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"child_p": 0.4}, r"data\.source\.child_p=0\.4 × 3"),
-        ({"parent_p": 1.5}, "parent_p=1.5"),
-        ({"independent_p": -0.1}, "independent_p=-0.1"),
-        ({"child_p": -0.1}, "child_p=-0.1"),
-        ({"rows": 0}, r"data\.source\.rows=0"),
-        ({"val_rows": -1}, "val_rows=-1"),
-        ({"chunk_rows": 0}, "chunk_rows=0"),
-    ],
-)
-def test_impossible_trees(options, message) -> None:
-    with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
-        TreeSource(**options)
-
-
-@pytest.mark.parametrize("options", [{"parents": -1}, {"independent": -9}, {"parents": 0, "independent": 0}])
-def test_impossible_counts(options) -> None:
-    with pytest.raises(ValueError, match="parents"):
-        TreeSource(**options)

@@ -21,7 +21,7 @@ from msae.data import shards as shards_module
 from msae.data.harvest import directory_of, harvest
 from msae.data.shards import MANIFEST, Shards, quantise
 from msae.data.source import Chunk, Source, Split
-from msae.data.synthetic import TreeSource
+from msae.data.synthetic import ForestSource
 
 D_IN = {"blocks.0.hook_mlp_out": 3, "blocks.1.hook_resid_pre": 5}
 REPOSITORY = Path(__file__).parent.parent
@@ -93,8 +93,8 @@ class TextLike8(TextLike):
         return split
 
 
-def tree() -> TreeSource:
-    return TreeSource(rows=50, val_rows=10, chunk_rows=20)
+def tree() -> ForestSource:
+    return ForestSource(rows=50, val_rows=10, chunk_rows=20)
 
 
 MAKERS: dict[str, Callable[[], Source]] = {"text": TextLike, "int8": TextLike8, "tree": tree}

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import msae.sae.loss
 from msae.data.batches import ValBatches
 from msae.data.harvest import harvest
-from msae.data.synthetic import TreeSource
+from msae.data.synthetic import ForestSource
 from msae.evaluation.evaluate import calibrate, evaluate
 from msae.sae import (
     AuxK,
@@ -172,7 +172,7 @@ def test_2_the_normaliser_is_right_from_the_first_step(monkeypatch) -> None:
 
 
 def test_2_the_k_of_training_and_the_l0_of_inference_are_both_reported(tmp_path) -> None:
-    source = TreeSource(rows=64, val_rows=400, chunk_rows=64)
+    source = ForestSource(rows=64, val_rows=400, chunk_rows=64)
     shards = harvest(source, tmp_path, show=False)["synthetic"]
     sae, x = make(20, 32, [8, 32], K, dtype=torch.float32), shards.activations("val", 0)
     calibrate(sae, ValBatches(shards, 64))

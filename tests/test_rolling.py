@@ -439,15 +439,15 @@ def test_an_error_of_the_harvest_is_the_error_of_training(opened, at) -> None:
 
 @pytest.mark.usefixtures("elsewhere")
 def test_an_error_while_training_is_one_line_of_the_command(call, monkeypatch) -> None:  # noqa: F811
-    from msae.data.synthetic import TreeSource
+    from msae.data.synthetic import ForestSource
 
-    chunks = TreeSource.chunks
+    chunks = ForestSource.chunks
 
-    def failing(self: TreeSource, state: Any) -> Iterator[Chunk]:
+    def failing(self: ForestSource, state: Any) -> Iterator[Chunk]:
         yield from islice(chunks(self, state), 7 - (state["chunks"] if state else 0))
         raise OSError("the text cannot be reached any more")
 
-    monkeypatch.setattr(TreeSource, "chunks", failing)
+    monkeypatch.setattr(ForestSource, "chunks", failing)
     code, _, err = call(train, *ROLLING)
     assert code == 1
     assert one_line(err) == "error: the text cannot be reached any more"

@@ -15,13 +15,13 @@ from msae.data.batches import TrainBatches, ValBatches
 from msae.data.harvest import harvest
 from msae.data.shards import MANIFEST, TRUTH, Shards, dequantise, identity_hash, quantise, take, write_atomically
 from msae.data.source import Chunk
-from msae.data.synthetic import TreeSource
+from msae.data.synthetic import ForestSource
 
 AGAIN = "run the same python -m msae.harvest command to make it again"
 
 
-def source(**options: Any) -> TreeSource:
-    return TreeSource(**{"rows": 600, "val_rows": 100, "chunk_rows": 256, "norm_spread": 0.3, **options})
+def source(**options: Any) -> ForestSource:
+    return ForestSource(**{"rows": 600, "val_rows": 100, "chunk_rows": 256, "norm_spread": 0.3, **options})
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_write_atomically_leaves_the_old_file_or_the_new_one(tmp_path) -> None:
 # --- reading rows ----------------------------------------------------------------------------------------------
 
 
-class Cast(TreeSource):
+class Cast(ForestSource):
     """The tree in another storage dtype, its rows quantised if that is int8."""
 
     def __init__(self, dtype: torch.dtype, **options: Any) -> None:

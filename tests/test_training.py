@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import msae.sae.sparse
 import msae.training.module
 from msae.data.datamodule import ActivationData
-from msae.data.synthetic import TreeSource
+from msae.data.synthetic import ForestSource
 from msae.sae import AuxK, DenseCode, SparseCode, geometric_median
 from msae.training.callbacks import Interrupted, PrefixCharts, SaveWhenStopping
 from msae.training.checkpoints import (
@@ -76,7 +76,7 @@ def fit(
     precision: str = "32-true",
     **model,
 ):
-    data = ActivationData(TreeSource(rows=3000, val_rows=600, chunk_rows=1000), batch_tokens, root=str(root))
+    data = ActivationData(ForestSource(rows=3000, val_rows=600, chunk_rows=1000), batch_tokens, root=str(root))
     settings = {"lr": 1e-2, "warmup_steps": 5, "dead_after_tokens": 1000} | model
     module = MatryoshkaTraining(data.shards.d_in, 20, PREFIXES, 1.5, **settings)
     module.sae.set_statistics(data.shards.mean, data.shards.mean_square)

@@ -23,7 +23,7 @@ from msae.data.batches import TrainBatches
 from msae.data.datamodule import ActivationData
 from msae.data.seeds import stream
 from msae.data.source import Chunk, Split
-from msae.data.synthetic import TreeSource
+from msae.data.synthetic import ForestSource
 from msae.sae import AuxK, load_sae, matryoshka_loss, save_sae
 from msae.sae.files import raw_copy
 from msae.training.job import finish
@@ -365,7 +365,7 @@ def test_with_one_prefix_every_variant_is_a_vanilla_sae(name) -> None:
 STEPS, BATCH, VAL_ROWS = 60, 128, 6000
 
 
-class Noisy(TreeSource):
+class Noisy(ForestSource):
     """The tree's rows with noise, so that no two are alike, and at two more hooks what linear maps make of them."""
 
     hook_names = ("synthetic", "of 7", "of 24")
