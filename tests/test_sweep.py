@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 from msae.config import command, config_dir, run_directory
 from msae.schema import TrainConfig
-from msae.sweep import claim, force, own_command_line, read_jobs, report, widest
+from msae.summary import read_jobs, report, widest
+from msae.sweep import claim, force, own_command_line
 
 REPOSITORY = Path(__file__).parent.parent
 

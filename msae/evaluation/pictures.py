@@ -31,3 +31,26 @@ def decoder_against_truth(arms: dict[str, Tensor], features: Tensor, parent: Ten
     assert image is not None
     figure.colorbar(image, ax=list(axes), label="cosine", shrink=0.8)
     return figure
+
+
+def lines(panels: dict[str, dict[str, list[tuple]]], xlabel: str, log_x: bool = False) -> Figure:
+    """A panel for each y label, with a line through (x, mean, low, high) for each label; x may be a category."""
+    across = min(len(panels), 3)
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(0.6 + 3.8 * across, 0.6 + 3.1 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flat
+    for axis in list(axes)[len(panels) :]:
+        axis.remove()
+    for axis, (ylabel, arms) in zip(axes, panels.items(), strict=False):
+        for label, points in arms.items():
+            xs, means, lows, highs = map(list, zip(*points, strict=True))
+            below = [mean - low for mean, low in zip(means, lows, strict=True)]
+            above = [high - mean for mean, high in zip(means, highs, strict=True)]
+            axis.errorbar(xs, means, (below, above), marker="o", markersize=4, capsize=3, label=label)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        if log_x:
+            axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    if any(label for arms in panels.values() for label in arms):
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
