@@ -113,15 +113,15 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        """`0.071 [0.03, 0.11]`: ends to the first digit of their distance, the mean to one more."""
+        """`0.071 [0.03, 0.11]`: ends to a quarter of their distance or finer, the mean to one digit more."""
         if math.isnan(self.mean):
             return ""
         if math.isnan(self.low):
             return f"{self.mean:.3g}"
         most = max(map(abs, self[1:]))
         if self.high == self.low or not 1e-3 <= most < 1e6:
-            return f"{self.mean:.3g} [{self.low:.2g}, {self.high:.2g}]"
-        digits = -math.floor(math.log10(self.high - self.low))
+            return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        digits = -math.floor(math.log10((self.high - self.low) / 4))
         ends = f"[{self.low:.{max(digits, 0)}f}, {self.high:.{max(digits, 0)}f}]"
         return f"{self.mean:.{max(digits + 1, 0)}f} {ends}"
 
@@ -322,7 +322,8 @@ def draw(
     """Write the figure as `<name>.png` and, for TensorBoard, into `tensorboard/`."""
     data = panels(groups, by, metrics, figure["x"], figure.get("by"))
     if not data:
-        print(f"no figure: no finished job has x={figure['x']} and one of {', '.join(metrics)}", file=sys.stderr)
+        wanted = ", ".join(figure.get("metrics") or metrics)
+        print(f"no figure: no finished job has x={figure['x']} and one of {wanted}", file=sys.stderr)
         return
     from torch.utils.tensorboard import SummaryWriter
 

@@ -38,8 +38,8 @@ def lines(panels: dict[str, dict[str, list[tuple]]], xlabel: str, log_x: bool = 
     across = min(len(panels), 3)
     down = -(-len(panels) // across)
     figure = Figure(figsize=(0.6 + 3.8 * across, 0.6 + 3.1 * down), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).flat
-    for axis in list(axes)[len(panels) :]:
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
         axis.remove()
     for axis, (ylabel, arms) in zip(axes, panels.items(), strict=False):
         for label, points in arms.items():
