@@ -211,11 +211,11 @@ def report(
     what += f"; {len(failed)} of {len(jobs)} failed" if failed else ""
     (sweep / "table.md").write_text(f"{markdown(header, cells)}\n{what}\n\n```bash\n{command}\n```\n")
     print(f"{what}\n{sweep}/table.md, summary.csv, intervals.csv", flush=True)
-    if figure:
-        draw(sweep, groups, by, drawn, figure, name)
     for job in failed:
         values = " ".join(f"{k}={job.overrides.get(k, '')}" for k in varying or keys if k in job.overrides)
         print(f"failed: job {job.name} ({values}): {job.error}", file=sys.stderr)
+    if figure:
+        draw(sweep, groups, by, drawn, figure, name)
     if failed:
         print(f"error: {len(failed)} of {len(jobs)} jobs failed; see {sweep}/summary.csv", file=sys.stderr)
     return len(failed)

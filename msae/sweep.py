@@ -216,16 +216,18 @@ class SweepDirectory(Callback):
                 forced = force(f"{key}=", groups).removesuffix("=")
                 params[forced] = params.pop(key)
 
-    def made(self) -> dict[Path, int]:
-        """When each job finished."""
-        return {file: file.stat().st_mtime_ns for file in self.directory.glob("*/metrics.json")}
+    def made(self) -> dict[str, list[int]]:
+        """When each job started and finished, if it did."""
+        jobs = {file.parent for file in self.directory.glob("*/overrides.json")}
+        times = {job: [job / name for name in ("overrides.json", "metrics.json")] for job in jobs}
+        return {job.name: [f.stat().st_mtime_ns for f in files if f.exists()] for job, files in times.items()}
 
     def finish(self) -> int:
         """Report, let others in, and return how many jobs failed."""
         command = shlex.join(["python", *sys.orig_argv[1:]])
         try:
             failed = report(self.directory, self.metrics, self.figure, Path(self.name).name, command)
-            if not failed and self.before and self.made() == self.before:
+            if self.made() == self.before and self.before and all(len(times) == 2 for times in self.before.values()):
                 print(f"every job was there already; to run them anew: rm -r {shlex.quote(str(self.directory))}")
             return failed
         finally:

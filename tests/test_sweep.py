@@ -189,6 +189,9 @@ def test_nothing_is_missing(conf: Path, monkeypatch: Patch, capsys: Capture) -> 
     assert len(RAN) == 4
     assert again.endswith(f"every job was there already; to run them anew: rm -r {only_sweep()}\n")
     assert first[first.index("┏") :] in again  # the same table
+    (only_sweep() / "1" / "error.txt").write_text("why")
+    assert run(conf, monkeypatch, *arguments) == 0
+    assert "anew" not in capsys.readouterr().out
 
 
 def test_a_command_that_measures_nothing_is_repeated(conf: Path, monkeypatch: Patch) -> None:
@@ -267,6 +270,7 @@ def test_what_enters_the_name_of_a_sweep() -> None:
     for changed in (OmegaConf.merge(other, {"seed": 1}), OmegaConf.merge(other, {"hydra": hydra("seed=0")})):
         assert asked(changed) != asked(other)
     assert asked(OmegaConf.merge(other, {"hydra": hydra("data.prefetch=1,2")})) != asked(other)  # it varies
+    assert asked(OmegaConf.merge(other, {"hydra": {"sweeper": {"params": {"seed": "0,1"}}}})) != asked(other)
 
 
 def test_a_directory_of_something_else_is_left_alone(conf: Path, monkeypatch: Patch) -> None:
