@@ -29,7 +29,7 @@ from yaml import YAMLError
 
 from msae.ranks import is_other_rank
 from msae.schema import check
-from msae.sweep import SweepDirectory, claim, force, report, run_job
+from msae.sweep import SweepDirectory, claim, force, run_job
 
 PACKAGE = Path(__file__).parent
 
@@ -176,7 +176,7 @@ def _run(
 
         with _full_error(wish):
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                run_job(work, explain)
+                run_job(cfg, work, explain)
             else:
                 with _one_line():
                     work()
@@ -198,7 +198,7 @@ def _run(
         raise SystemExit(130) from None
     finally:
         sweep, SweepDirectory.current = SweepDirectory.current, None
-        failed = report(*sweep) if sweep is not None else 0
+        failed = sweep.finish() if sweep is not None else 0
     if failed:
         raise SystemExit(1)
 

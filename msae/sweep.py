@@ -1,23 +1,30 @@
-"""Multirun: a directory of its own for each sweep, jobs that fail alone, and one table of what came out."""
+"""Multirun: a directory for each sweep, in which the same command goes on, and jobs that fail alone."""
 
-import csv
+import hashlib
 import itertools
 import json
 import os
 import re
+import shlex
+import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-PREFIX_METRIC = re.compile(r"(val/.+)/p(\d+)")
+from msae.summary import outcome, report
+
+# They say where files lie and how fast they are read, and decide nothing of what comes out.
+ANYWHERE = ("runs", "run_dir", "ckpt_path", "data.root", "data.prefetch", "data.max_disk_gb")
 
 
 def claim(path: Path) -> Path:
@@ -40,28 +47,111 @@ def force(override: str, groups: set[str]) -> str:
     return f"++{override}"
 
 
-def run_job(work: Callable[[], None], explain: Callable[[Exception], str | None]) -> None:
-    """Run one job of a multirun; what it raises goes to `error.txt`, so that the other jobs go on.
+def settings(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    """The dotted keys that decide what comes out, and their values; {} where they cannot be resolved."""
 
+    def flat(node: Any, path: str = "") -> dict[str, Any]:
+        if isinstance(node, dict) and node:
+            return {k: v for key, value in node.items() for k, v in flat(value, f"{path}.{key}").items()}
+        return {path[1:]: node}
+
+    try:
+        return {k: v for k, v in flat(OmegaConf.to_container(cfg, resolve=resolve)).items() if k not in ANYWHERE}
+    except OmegaConfBaseException:  # `check` says it in one line
+        return {}
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+# One job --------------------------------------------------------------------------------------------------
+
+
+def run_job(cfg: DictConfig, work: Callable[[], None], explain: Callable[[Exception], str | None]) -> None:
+    """Run one job of a multirun unless it is there; what it raises goes to `error.txt`, and the others go on.
+
+    A job that was stopped goes on from its last checkpoint: `cfg.run_dir` and `cfg.ckpt_path` are set here.
     `explain` turns a user's error into one line and a bug into None; a bug is printed with its traceback.
     """
     hydra = HydraConfig.get()
     directory, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
-    (directory / "overrides.json").write_text(json.dumps(overrides))
-    print(f"job {hydra.job.num}: {' '.join(o.lstrip('+') for o in overrides)}", flush=True)
+    title = f"job {hydra.job.num}: {' '.join(o.lstrip('+') for o in overrides)}"
+    with alone(directory):
+        other, (metrics, error) = difference(directory / "config.yaml", cfg), outcome(directory)
+        if other is None and error is None and metrics:
+            print(f"{title}: there already", flush=True)
+            return
+        checkpoint = cfg.get("ckpt_path")
+        if "run_dir" in cfg:  # those of a sweep's jobs are its own
+            cfg.run_dir = cfg.ckpt_path = None
+        stopped = not any((directory / name).exists() for name in ("metrics.json", "error.txt"))
+        if stopped and other is None and (directory / "checkpoints" / "last.ckpt").exists():
+            title += ": goes on from its last checkpoint"
+            cfg.run_dir, cfg.ckpt_path = str(directory), "last"
+            overrides += [f"++run_dir={quoted(directory)}", "++ckpt_path=last"]  # for the other ranks
+        else:
+            clear(directory, other)
+            write(directory / "overrides.json", json.dumps(overrides))
+            with suppress(OmegaConfBaseException):  # `check` says it in one line
+                OmegaConf.save(cfg, directory / "config.yaml", resolve=True)
+        print(title, flush=True)
+        try:
+            if checkpoint not in (None, "last"):
+                raise ValueError(f"ckpt_path={checkpoint}: the jobs of a sweep resume by themselves; drop ckpt_path")
+            with own_command_line(overrides):
+                work()
+        except Exception as ex:
+            line = explain(ex)
+            if line is None:
+                traceback.print_exc()
+                line = f"{type(ex).__name__}: {' '.join(str(ex).split())}"
+            (directory / "error.txt").write_text(line + "\n")
+            print(f"error: job {hydra.job.num}: {line}", file=sys.stderr, flush=True)
+            return
+        if not (directory / "metrics.json").exists():
+            write(directory / "metrics.json", "{}\n")  # a command that measures nothing, and finished
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Wait for a job that outlived its sweep, as one in another process does when only the sweep is killed."""
+    lock = FileLock(directory / ".lock")
     try:
-        with own_command_line(overrides):
-            work()
-    except Exception as ex:
-        line = explain(ex)
-        if line is None:
-            traceback.print_exc()
-            line = f"{type(ex).__name__}: {' '.join(str(ex).split())}"
-        (directory / "error.txt").write_text(line + "\n")
-        print(f"error: job {hydra.job.num}: {line}", file=sys.stderr, flush=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{directory} is still written by a process of before; waiting for it", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def difference(saved: Path, cfg: DictConfig) -> str | None:
+    """The first key in which a job's saved config differs from `cfg`, with both values; None if all are the same."""
+    try:
+        before, now = settings(OmegaConf.load(saved)), settings(cfg)  # type: ignore[arg-type]
+    except (OSError, YAMLError) as ex:
+        return f"{saved.name} cannot be read ({' '.join(str(ex).split())})"
+    keys = (key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key))
+    return next((f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys), None)
+
+
+def clear(directory: Path, other: str | None) -> None:
+    """Empty a job's directory; what was made with other settings is kept, in `old/` beside it, with a line."""
+    files = [file for file in directory.iterdir() if file.name != ".lock"]
+    if other is not None and (directory / "config.yaml").exists():
+        old = claim(directory.parent / "old" / directory.name)
+        print(f"job {directory.name}: {other}; it runs anew, and what was there is now in {old}", flush=True)
+        for file in files:
+            file.rename(old / file.name)
         return
-    if not (directory / "metrics.json").exists():
-        (directory / "metrics.json").write_text("{}\n")  # a command that measures nothing, and finished
+    for file in files:
+        shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
 
 
 @contextmanager
@@ -81,121 +171,99 @@ def own_command_line(overrides: list[str]) -> Iterator[None]:
         os.environ.update(environment)
 
 
-class SweepDirectory(Callback):
-    """Hydra callback: before the jobs start, give the sweep a directory that no other sweep has.
+# The sweep ------------------------------------------------------------------------------------------------
 
-    metrics: what the table on the terminal shows, set by a sweep file as `hydra.callbacks.sweep.metrics`.
+
+class SweepDirectory(Callback):
+    """Hydra callback: gives a sweep its directory, where the same command goes on, and reports at the end.
+
+    `{asked}` in `hydra.sweep.dir` becomes a hash of what the sweep asks (`asked`).
+
+    A sweep file sets, under `hydra.callbacks.sweep`: `metrics`, what the table shows; `figure`, {x, by, metrics,
+    log_x}: x an override's key, `arm` or a metric, by the key whose values have a line each, metrics a panel each.
+    Raises ValueError for another key in `figure`.
     """
 
-    current: ClassVar[tuple[Path, list[str]] | None] = None
+    current: ClassVar["SweepDirectory | None"] = None
+    lock: ClassVar[FileLock | None] = None  # not of the instance, which travels to the processes of other launchers
 
-    def __init__(self, metrics: Sequence[str] = ()) -> None:
+    def __init__(self, metrics: Sequence[str] = (), figure: Mapping[str, Any] | None = None) -> None:
         self.metrics = list(metrics)
+        self.figure = dict(figure) if figure is not None else None
+        valid = ("x", "by", "metrics", "log_x")
+        if self.figure is not None and ("x" not in self.figure or not self.figure.keys() <= set(valid)):
+            given = ", ".join(map(str, self.figure))
+            raise ValueError(
+                f"hydra.callbacks.sweep.figure has {given}; it needs x and may have {', '.join(valid[1:])}"
+            )
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        question = asked(config)
+        directory = Path(config.hydra.sweep.dir.replace("{asked}", hashlib.sha256(question.encode()).hexdigest()[:8]))
         try:
-            directory = claim(Path(config.hydra.sweep.dir))
-        except OSError as ex:  # Hydra would turn it into a warning and go on
+            SweepDirectory.lock = enter(directory, question)
+        except (OSError, ValueError) as ex:  # Hydra would turn it into a warning and go on
             sys.exit(f"error: {ex}")
-        SweepDirectory.current = (directory, self.metrics)
-        quoted = str(directory).replace("\\", "\\\\").replace("'", "\\'")
+        SweepDirectory.current, self.directory, self.name = self, directory, str(config.get("name", "sweep"))
+        self.before = self.made()
         groups = set(config.hydra.runtime.choices)
         with open_dict(config):
             config.hydra.sweep.dir = str(directory)
             # the config of a job is composed anew, from these
-            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(directory)}")
             params = config.hydra.sweeper.get("params") or {}
             for key in list(params):
                 forced = force(f"{key}=", groups).removesuffix("=")
                 params[forced] = params.pop(key)
 
+    def made(self) -> dict[str, list[int]]:
+        """When each job started and finished, if it did."""
+        jobs = {file.parent for file in self.directory.glob("*/overrides.json")}
+        times = {job: [job / name for name in ("overrides.json", "metrics.json")] for job in jobs}
+        return {job.name: [f.stat().st_mtime_ns for f in files if f.exists()] for job, files in times.items()}
 
-@dataclass
-class Job:
-    """One job of a sweep as its directory tells it; `error` is None when it finished."""
-
-    name: str
-    overrides: dict[str, str]
-    metrics: dict[str, Any]
-    error: str | None
-
-
-def read_jobs(sweep: Path) -> list[Job]:
-    """The jobs that a sweep started, in their order; a job without readable metrics.json has failed."""
-    jobs = []
-    for file in sorted(sweep.glob("*/overrides.json"), key=lambda f: (len(f.parent.name), f.parent.name)):
-        directory, metrics, error = file.parent, {}, None
-        pairs = [o.lstrip("+").partition("=") for o in json.loads(file.read_text())]
-        if (directory / "error.txt").exists():
-            error = (directory / "error.txt").read_text().strip()
-        elif not (directory / "metrics.json").exists():
-            error = "stopped before it wrote metrics.json"
-        else:
-            try:
-                metrics = json.loads((directory / "metrics.json").read_text())
-            except ValueError as ex:
-                error = f"metrics.json: {ex}"
-        jobs.append(Job(directory.name, {key: value for key, _, value in pairs}, metrics, error))
-    return jobs
+    def finish(self) -> int:
+        """Report, let others in, and return how many jobs failed."""
+        command = shlex.join(["python", *sys.orig_argv[1:]])
+        try:
+            failed = report(self.directory, self.metrics, self.figure, Path(self.name).name, command)
+            if self.made() == self.before and self.before and all(len(times) == 2 for times in self.before.values()):
+                print(f"every job was there already; to run them anew: rm -r {shlex.quote(str(self.directory))}")
+            return failed
+        finally:
+            assert SweepDirectory.lock is not None
+            SweepDirectory.lock.release()
 
 
-def widest(metrics: dict[str, Any]) -> dict[str, Any]:
-    """`val/fvu/p5`, `val/fvu/p20` → `val/fvu` of the widest prefix; all metrics where none has that form."""
-    found: dict[str, tuple[int, Any]] = {}
-    for key, value in metrics.items():
-        if match := PREFIX_METRIC.fullmatch(key):
-            found[match[1]] = max(found.get(match[1], (0, None)), (int(match[2]), value), key=lambda x: x[0])
-    return {key: value for key, (_, value) in found.items()} or metrics
+def asked(config: DictConfig) -> str:
+    """What decides a sweep's jobs and their numbers, as JSON: composed config, overrides, the sweeper's parameters."""
+    fixed = {key: value for key, value in settings(config, resolve=False).items() if not key.startswith("hydra.")}
+    pairs = [override.lstrip("+").partition("=") for override in config.hydra.overrides.task]
+    overrides = [f"{key}={value}" for key, _, value in pairs if key not in ANYWHERE or "," in value]
+    params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create())
+    return json.dumps({"config": fixed, "overrides": overrides, "params": params}, indent=1, default=str) + "\n"
 
 
-def columns(rows: list[dict[str, Any]]) -> list[str]:
-    """The keys of all rows, in the order in which they appear first."""
-    return list(dict.fromkeys(key for row in rows for key in row))
+def enter(directory: Path, question: str) -> FileLock:
+    """Make the directory, or go on in it where it is of the same question, as the only process.
+
+    Raises ValueError in one line where it is something else's, or in use.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file, lock = directory / "asked.json", FileLock(directory / ".lock")
+    if not file.exists() and any(path.name not in (".lock", "asked.json.tmp") for path in directory.iterdir()):
+        raise ValueError(f"{directory} is not empty and no sweep's; give another hydra.sweep.dir")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process runs the sweep in {directory}; wait for it, or stop it first") from None
+    if file.exists() and file.read_text() != question:
+        lock.release()
+        raise ValueError(f"{directory} is of another sweep, see its asked.json; give another hydra.sweep.dir")
+    write(file, question)
+    return lock
 
 
-def report(sweep: Path, metrics: list[str]) -> int:
-    """Write `summary.csv`, print the table of `metrics` and every failed job, return how many failed."""
-    jobs = read_jobs(sweep)
-    if not jobs:  # composing the jobs failed: leave nothing behind
-        (sweep / "multirun.yaml").unlink(missing_ok=True)
-        sweep.rmdir()
-        return 0
-    keys = columns([job.overrides for job in jobs])
-    varying = [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
-    write_csv(sweep / "summary.csv", jobs, varying)
-    print_table(sweep, jobs, varying, metrics)
-    failed = [job for job in jobs if job.error is not None]
-    for job in failed:
-        values = " ".join(f"{key}={job.overrides.get(key, '')}" for key in varying or keys)
-        print(f"failed: job {job.name} ({values}): {job.error}", file=sys.stderr)
-    if failed:
-        print(f"error: {len(failed)} of {len(jobs)} jobs failed; see {sweep}/summary.csv", file=sys.stderr)
-    return len(failed)
-
-
-def write_csv(path: Path, jobs: list[Job], varying: list[str]) -> None:
-    """One row a job: its number, the overrides that vary, its error, all its metrics."""
-    metrics = columns([job.metrics for job in jobs])
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["job", *varying, "error", *metrics])
-        for job in jobs:
-            values = [job.overrides.get(key, "") for key in varying]
-            writer.writerow([job.name, *values, job.error or "", *(job.metrics.get(m, "") for m in metrics)])
-
-
-def print_table(sweep: Path, jobs: list[Job], varying: list[str], chosen: list[str]) -> None:
-    """Print the overrides that vary and the chosen metrics, else a few of each job's widest prefix."""
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    rows = [{**job.metrics, **widest(job.metrics)} for job in jobs]
-    metrics = [m for m in chosen if any(m in row for row in rows)]
-    metrics = metrics or columns([widest(job.metrics) for job in jobs])[:6]
-    table = Table("job", *(Column(name.rpartition("/")[2], overflow="fold") for name in [*varying, *metrics]))
-    for job, row in zip(jobs, rows, strict=True):
-        values = [job.overrides.get(key, "") for key in varying]
-        numbers = ["failed" if job.error else f"{row[m]:.3g}" if m in row else "" for m in metrics]
-        table.add_row(job.name, *values, *numbers)
-    Console().print(table)
-    print(f"{sweep}/summary.csv")
+def quoted(path: Path) -> str:
+    """A path as the value of an override."""
+    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -134,7 +134,7 @@ MISTAKES = {
     "+experiment=typo": "unknown key model.d_sea; did you mean model.d_sae?",
     "+experiment=gpt2_l9": "no experiment named gpt2_l9; did you mean experiment=gpt2_l8? (there are: ",
     "experiment=gpt2_l8": "To append to your default list use +experiment=gpt2_l8",
-    "+sweeps=widht": "no sweeps named widht; did you mean sweeps=width?",
+    "+sweeps=absorption_by_widht": "no sweeps named absorption_by_widht; did you mean sweeps=absorption_by_width?",
     "model=vanila": "no model named vanila; did you mean model=vanilla? (there are: matryoshka, vanilla)",
     "+experiment=gpt2_l8": "not set: data.source.text; give data.source.text=…",
     "~model.d_sae": "not set: model.d_sae; give model.d_sae=…",
