@@ -127,3 +127,19 @@ def test_half_precision_takes_the_plain_way() -> None:
     give_gradients(sae, 0, 1.0)
     optimizer.step()
     assert sae.W_dec.isfinite().all()
+
+
+@pytest.mark.parametrize("kernels", ["plain", "compiled"])
+def test_the_encoder_decays_apart_from_the_gradient(kernels) -> None:
+    """W_enc after a step is that of a step from (1 − lr · decay) W_enc with the same gradient; all else is the same."""
+    with_decay, without = MatryoshkaSAE(16, 32, [8, 32], 2), MatryoshkaSAE(16, 32, [8, 32], 2)
+    with torch.no_grad():
+        without.W_enc.mul_(1 - 0.01 * 0.3)
+    for sae, decay in ((with_decay, 0.3), (without, 0.0)):
+        adam = DictionaryAdam(sae, 0.01, (0.9, 0.999), 1.0, "unit_norm", kernels, decay)
+        generator = torch.Generator().manual_seed(0)
+        for p in sae.parameters():
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+        adam.step()
+    for name, p in with_decay.named_parameters():
+        torch.testing.assert_close(p, dict(without.named_parameters())[name], msg=lambda m, n=name: f"{n}: {m}")

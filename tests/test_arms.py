@@ -22,12 +22,12 @@ ALONE = {
     "vanilla": ["model.prefixes=[1.0]"],
     "random": ["model.prefix_sampling=random", "model.n_prefixes=4", "model.resort_rate=0.05", "model.lr=0.02"],
     "nabeshima": ["preset=nabeshima", "model.sparsity_control=0.01"],
-    "fading": ["model.inner_end=0.01", "model.inner_decay=[0.2,0.5]", "model.seed=3"],
+    "fading": ["model.inner_decay=[0.2,0.8]", "model.encoder_decay=0.1", "model.seed=3"],
 }
 ARMS = (
     "arms={vanilla: {prefixes: [1.0]}, random: {prefix_sampling: random, n_prefixes: 4, resort_rate: 0.05, lr: 0.02}, "
     "nabeshima: {preset: nabeshima, sparsity_control: 0.01}, "
-    "fading: {inner_end: 0.01, inner_decay: [0.2, 0.5], seed: 3}}"
+    "fading: {inner_decay: [0.2, 0.8], encoder_decay: 0.1, seed: 3}}"
 )
 
 
@@ -141,17 +141,16 @@ def test_the_weight_of_inner_levels_over_a_run():
     module = MatryoshkaTraining(8, 16, [4, 16], 2, inner_end=0.01, inner_decay=[0.25, 0.75])
     assert [module._inner(step, 100) for step in (0, 24, 25)] == [1, 1, 1]
     assert module._inner(50, 100) == pytest.approx(0.1)
-    assert module._inner(75, 100) == module._inner(99, 100) == pytest.approx(0.01)
-    to_zero = MatryoshkaTraining(8, 16, [4, 16], 2, inner_end=0.0, inner_decay=[0.5, 1.0])
-    assert to_zero._inner(75, 100) == pytest.approx(0.5)
-    assert to_zero._inner(100, 100) == 0
+    assert [module._inner(step, 100) for step in (75, 99)] == [0, 0]
+    linear = MatryoshkaTraining(8, 16, [4, 16], 2, inner_end=0.0, inner_decay=[0.5, 1.0])
+    assert linear._inner(75, 100) == pytest.approx(0.5)
     assert MatryoshkaTraining(8, 16, [4, 16], 2)._inner(99, 100) == 1
 
 
 @pytest.mark.parametrize("decay", [[0.6, 0.4], [0.5], [-0.1, 0.5], [0.5, 1.5]])
 def test_impossible_shares_are_one_line(decay):
     with pytest.raises(ValueError, match=r"model\.inner_decay=") as error:
-        MatryoshkaTraining(8, 16, [4, 16], 2, inner_end=0.5, inner_decay=decay)
+        MatryoshkaTraining(8, 16, [4, 16], 2, inner_decay=decay)
     assert "\n" not in str(error.value)
 
 

@@ -18,7 +18,8 @@ class DictionaryAdam(torch.optim.Adam):
 
     With `decoder` unit_norm the part of each decoder row's gradient along the row is removed before, and the row
     brought back to unit norm after the update; with unit_norm_before_step both are done before. `grad_norm` is that of
-    the last step, before clipping, summed in float64. With `kernels` compiled or triton these do it in two passes over
+    the last step, before clipping, summed in float64. Before the update W_enc shrinks by lr · `encoder_decay` of itself
+    (decoupled weight decay, arXiv 1711.05101). With `kernels` compiled or triton these do it in two passes over
     memory, where they can; triton's never wait for the device.
     """
 
@@ -30,8 +31,10 @@ class DictionaryAdam(torch.optim.Adam):
         grad_clip: float,
         decoder: Decoder,
         kernels: str = "plain",
+        encoder_decay: float = 0.0,
     ) -> None:
         self.sae, self.grad_clip, self.decoder, self.kernels = sae, grad_clip, decoder, kernels
+        self.encoder_decay = encoder_decay
         self.grad_norm = torch.zeros(())
         super().__init__([p for p in sae.parameters() if p.requires_grad], lr=lr, betas=betas, fused=True)
 
@@ -44,6 +47,8 @@ class DictionaryAdam(torch.optim.Adam):
                 loss = closure()
         if self.decoder == "unit_norm_before_step":
             self.sae.normalise_decoder()
+        if self.encoder_decay:
+            self.sae.W_enc.mul_(1 - float(self.param_groups[0]["lr"]) * self.encoder_decay)
         parameters = [p for p in self.param_groups[0]["params"] if p.grad is not None]
         use = KERNELS.get(self.kernels)
         if use is not None and all(use.able_to_step(rows(p), rows(p.grad)) for p in parameters):

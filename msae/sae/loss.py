@@ -127,6 +127,8 @@ def matryoshka_loss(
     widths = [0, *widths] if objective.bias_level else list(widths)
     weights = objective.weights(len(widths))
     weights[:-1] *= inner
+    if inner == 0 and not (objective.stop_gradient or objective.aux.per_level):
+        widths, weights, prefixes = widths[-1:], weights[-1:], None  # the others count for nothing
     share = 1.0 if objective.error == "sum" else 1 / sae.d_out
     if isinstance(code, SparseCode):
         assert prefixes != "every", "every prefix at once has no sparse step"

@@ -47,8 +47,9 @@ class MatryoshkaTraining(L.LightningModule):
       (`unit_norm_before_step`), `free` (a penalty on acts then takes the norm in), or acts `rescaled` by the norm.
     - `prefix_sampling`: the `prefixes`; `random` draws `n_prefixes` anew each step; `every` takes all widths. What is
       logged and exported are the `prefixes` in any case.
-    - `inner_end`: what all levels but the outermost are weighed by at the end. They fall from 1 to it between the
-      two shares of all steps `inner_decay`, by a constant factor a step (linearly if it is 0), and stay there.
+    - `inner_decay`: two shares of all steps, between which the weight of all levels but the outermost falls from 1 to
+      `inner_end`, by a constant factor a step (linearly to 0); after it the outermost is trained alone. null: never.
+      `encoder_decay`: decoupled weight decay of W_enc (arXiv 1711.05101), lr · encoder_decay · W_enc a step.
     - λ of a sparsity penalty: `sparsity_weight`, after `sparsity_warmup_steps` (below 1: a share of all steps), then
       moved by `sparsity_control` a step towards k active latents.
     - `resort_rate`: re-sort latents by their use after each step, rate of its EMA; null: never.
@@ -85,8 +86,8 @@ class MatryoshkaTraining(L.LightningModule):
         reduction: Literal["sum", "mean", "mean_twice"] | list[float] = "sum",
         balance: float = 1.0,
         bias_level: bool = False,
-        inner_end: float = 1.0,
-        inner_decay: list[float] = [0.4, 0.6],  # noqa: B006
+        inner_decay: list[float] | None = None,
+        inner_end: float = 0.02,
         stop_gradient: bool = False,
         error: Literal["sum", "mean"] = "sum",
         aux: AuxK | dict[str, Any] | None = None,
@@ -107,6 +108,7 @@ class MatryoshkaTraining(L.LightningModule):
         decay_start: float = 0.8,
         decay_end: float = 0.0,
         grad_clip: float = 1.0,
+        encoder_decay: float = 0.0,
         kernels: Kernels = "auto",
         seed: int = 0,
     ) -> None:
@@ -116,7 +118,7 @@ class MatryoshkaTraining(L.LightningModule):
         for name, value in (
             *(("decay_start", decay_start), ("decay_end", decay_end), ("warmup_start", warmup_start)),
             *(("threshold_rate", threshold_rate), ("resort_rate", resort_rate), ("sparsity_control", sparsity_control)),
-            *(("inner_end", inner_end), *(("inner_decay", share) for share in inner_decay)),
+            *(("inner_end", inner_end), *(("inner_decay", share) for share in inner_decay or ())),
         ):
             if value is not None and not 0 <= value <= 1:
                 what = "a share of all steps" if name in ("decay_start", "inner_decay") else "a share"
@@ -129,11 +131,11 @@ class MatryoshkaTraining(L.LightningModule):
                 raise ValueError(f"model.{name}={value} must be positive")
         for name, value in (
             *(("sparsity_weight", sparsity_weight), ("sparsity_warmup_steps", sparsity_warmup_steps)),
-            *(("orthogonality", orthogonality), ("warmup_steps", warmup_steps)),
+            *(("orthogonality", orthogonality), ("warmup_steps", warmup_steps), ("encoder_decay", encoder_decay)),
         ):
             if value < 0:
                 raise ValueError(f"model.{name}={value} must not be negative")
-        if len(inner_decay) != 2 or inner_decay[0] > inner_decay[1]:
+        if inner_decay is not None and (len(inner_decay) != 2 or inner_decay[0] > inner_decay[1]):
             raise ValueError(f"model.inner_decay={inner_decay} must be two shares of all steps, the first not after it")
         if decoder.startswith("unit_norm") and decoder_init_norm != 1:
             raise ValueError(f"model.decoder_init_norm={decoder_init_norm} needs model.decoder=free or rescaled")
@@ -174,7 +176,7 @@ class MatryoshkaTraining(L.LightningModule):
         self.controller = L0Controller(sparsity_weight, k, sparsity_control)
         self.sparsity_warmup_steps = sparsity_warmup_steps
         self.decoder, self.normalise, self.b_dec_init, self.resort_rate = decoder, normalise, b_dec_init, resort_rate
-        self.inner_end, self.inner_decay = inner_end, (inner_decay[0], inner_decay[1])
+        self.inner_end, self.inner_decay, self.encoder_decay = inner_end, inner_decay, encoder_decay
         self.lr = lr if lr is not None else 2e-4 / math.sqrt(d_sae / 2**14)
         self.betas, self.grad_clip = (betas[0], betas[1]), grad_clip
         self.warmup_steps, self.warmup_shape, self.warmup_start = warmup_steps, warmup_shape, warmup_start
@@ -241,10 +243,12 @@ class MatryoshkaTraining(L.LightningModule):
 
     def _inner(self, step: int, total: int) -> float:
         """The weight of all levels but the outermost at this step."""
-        start, stop = (share * total for share in self.inner_decay)
-        if self.inner_end == 1 or step < start:
+        if self.inner_decay is None or step < self.inner_decay[0] * total:
             return 1.0
-        done = min(1.0, (step - start) / max(1.0, stop - start))
+        start, stop = (share * total for share in self.inner_decay)
+        done = (step - start) / max(1.0, stop - start)
+        if done >= 1:
+            return 0.0
         return float(self.inner_end**done) if self.inner_end > 0 else 1 - done
 
     def _dead(self, batch_tokens: int) -> Tensor:
@@ -298,7 +302,9 @@ class MatryoshkaTraining(L.LightningModule):
         """Adam for the trainer's number of steps, and what its lr is multiplied by at each step."""
         large = self.kernels == "auto" and self.sae.W_enc.numel() >= 1 << 18  # less is not worth a compiler's seconds
         kernels = "compiled" if large else self.kernels
-        self._adam = DictionaryAdam(self.sae, self.lr, self.betas, self.grad_clip, self.decoder, kernels)
+        self._adam = DictionaryAdam(
+            self.sae, self.lr, self.betas, self.grad_clip, self.decoder, kernels, self.encoder_decay
+        )
         total = self.trainer.max_steps  # not estimated_stepping_batches: touching that loses the loader's state
         assert total > 0, "training needs trainer.max_steps"
         share = self.sparsity_warmup_steps
@@ -355,7 +361,7 @@ class MatryoshkaTraining(L.LightningModule):
             **({"train/threshold": float(sae.threshold.mean())} if sae.sparsity != "topk" else {}),
             **({"train/sparsity": float(loss.sparsity), "train/sparsity_weight": float(weight)} if weight else {}),
             **({"train/orthogonality": float(loss.orthogonality)} if self.objective.orthogonality else {}),
-            **({"train/inner": self._inner(step, trainer.max_steps)} if self.inner_end != 1 else {}),
+            **({"train/inner": self._inner(step, trainer.max_steps)} if self.inner_decay else {}),
             "train/lr": adam.param_groups[0]["lr"],
         }
         self._send(metrics, step + 1)
