@@ -49,7 +49,8 @@ class MatryoshkaTraining(L.LightningModule):
       logged and exported are the `prefixes` in any case.
     - `inner_decay`: two shares of all steps, between which the weight of all levels but the outermost falls from 1 to
       `inner_end`, by a constant factor a step (linearly to 0); after it the outermost is trained alone. null: never.
-      `encoder_decay`: decoupled weight decay of W_enc (arXiv 1711.05101), lr · encoder_decay · W_enc a step.
+      `encoder_decay`: decoupled weight decay of W_enc (arXiv 1711.05101), lr · encoder_decay · W_enc a step, once that
+      weight has begun to fall (from the start where it never does).
     - λ of a sparsity penalty: `sparsity_weight`, after `sparsity_warmup_steps` (below 1: a share of all steps), then
       moved by `sparsity_control` a step towards k active latents.
     - `resort_rate`: re-sort latents by their use after each step, rate of its EMA; null: never.
@@ -224,6 +225,8 @@ class MatryoshkaTraining(L.LightningModule):
             sae.update_fired(everywhere, len(x) * world)
         dead = self._dead(len(x)) if self.objective.aux.coefficient > 0 else None
         inner = self._inner(self.trainer.global_step, self.trainer.max_steps)
+        if self._adam is not None:
+            self._adam.encoder_decay = self.encoder_decay if inner < 1 or self.inner_decay is None else 0.0
         loss = matryoshka_loss(sae, x, self.objective, dead, y, widths, weight, code, inner)
         if sae.sparsity == "batch_topk":
             sae.update_threshold(code.values.detach(), self.threshold_rate)
@@ -302,9 +305,7 @@ class MatryoshkaTraining(L.LightningModule):
         """Adam for the trainer's number of steps, and what its lr is multiplied by at each step."""
         large = self.kernels == "auto" and self.sae.W_enc.numel() >= 1 << 18  # less is not worth a compiler's seconds
         kernels = "compiled" if large else self.kernels
-        self._adam = DictionaryAdam(
-            self.sae, self.lr, self.betas, self.grad_clip, self.decoder, kernels, self.encoder_decay
-        )
+        self._adam = DictionaryAdam(self.sae, self.lr, self.betas, self.grad_clip, self.decoder, kernels)
         total = self.trainer.max_steps  # not estimated_stepping_batches: touching that loses the loader's state
         assert total > 0, "training needs trainer.max_steps"
         share = self.sparsity_warmup_steps
