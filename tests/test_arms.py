@@ -55,7 +55,8 @@ def test_arms_are_trained_as_each_one_alone_and_leave_what_it_leaves(call):
         {"name": name, "arm": name, "settings": {}, "error": None} for name in ALONE
     ]
     assert json.loads(Path("together/metrics.json").read_text())["seconds"] > 0
-    assert Path("together/truth.png").stat().st_size > 1000
+    for picture in ("truth.png", "activations.png"):
+        assert (Path("together") / picture).stat().st_size > 1000
     assert sorted(p.name for p in Path("together/checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
 
 

@@ -11,7 +11,6 @@ from msae.evaluation.pictures import (
     activations_side_by_side,
     decoder_against_truth,
     lines,
-    metric_lines,
     rows_to_show,
     tree_order,
 )
@@ -145,7 +144,7 @@ def test_lines_of_numbers(log_x, tmp_path) -> None:
 
 def test_lines_of_words(tmp_path) -> None:
     series = {"a": [("vanilla", 0.4, 0.3, 0.6), ("nested", 0.5, 0.45, 0.55)], "b": [("nested", 0.7, 0.6, 0.9)]}
-    figure = metric_lines(series, "objective", "MCC", reference=0.1)
+    figure = lines({"MCC": series}, "objective", references={"MCC": 0.1})
     axis = figure.axes[0]
     assert labels(axis.get_xticklabels()) == ["vanilla", "nested"]
     a, b = axis.containers
@@ -168,4 +167,4 @@ def test_many_panels_and_one_series(tmp_path) -> None:
 @pytest.mark.parametrize("x", [0, -1, "word"])
 def test_logarithms_of_what_has_none(x) -> None:
     with pytest.raises(ValueError, match=r"^log_x needs positive numbers, not [^\n]*$"):
-        metric_lines({"a": [(x, 1, 0, 2)]}, "x", "y", log_x=True)
+        lines({"y": {"a": [(x, 1, 0, 2)]}}, "x", log_x=True)

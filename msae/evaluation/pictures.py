@@ -9,8 +9,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from msae.data.shards import Shards
 from msae.evaluation.matching import Match, cosines, match
-from msae.evaluation.truth import Codes
+from msae.evaluation.truth import Codes, at_features, firing, latent_codes, true_codes
+from msae.sae import MatryoshkaSAE
 
 Points = list[tuple[Any, float, float, float]]  # (x, mean, low, high); x is a number, or a word
 # Okabe and Ito's colours, which the colour-blind tell apart, with markers that print in grey
@@ -207,13 +209,25 @@ def name_x(axis: Axes, every: list[Any], words: bool, log_x: bool) -> None:
             axis.minorticks_off()
 
 
-def metric_lines(
-    series: dict[str, Points],
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
-    log_x: bool = False,
-    reference: float | None = None,
-) -> Figure:
-    """`lines` of one metric."""
-    return lines({ylabel: series}, xlabel, log_x, None if reference is None else {ylabel: reference}, title)
+@torch.no_grad()
+def truth_pictures(
+    saes: dict[str, MatryoshkaSAE], shards: Shards, rows: int = 8192, most: int = 4
+) -> dict[str, Figure]:
+    """The first `most` SAEs against the truth of their shards: `truth`, their directions, and `activations`.
+
+    Activations are those of the last `rows` held-out rows at most, which no threshold was calibrated on.
+    """
+    truth = shards.truth
+    assert truth is not None, "shards without a truth"
+    shown = dict(list(saes.items())[:most])
+    features, parent = truth["features"], truth["parent"]
+    matches = {name: match(sae.W_dec, features) for name, sae in shown.items()}
+    last = len(shards.rows("val")) - 1
+    x = shards.activations("val", last)[-rows:].float()
+    codes = {"truth": true_codes(truth, sum(shards.rows("val")) - len(x), len(x))}
+    for name, sae in shown.items():
+        codes[name] = at_features(firing(latent_codes(sae, x)), matches[name], len(features))
+    return {
+        "truth": decoder_against_truth({n: sae.W_dec for n, sae in shown.items()}, features, parent, matches),
+        "activations": activations_side_by_side(codes, parent),
+    }

@@ -25,7 +25,7 @@ from msae.data.batches import TrainBatches, ValBatches
 from msae.data.datamodule import ActivationData
 from msae.data.shards import Shards, write_json
 from msae.evaluation.evaluate import calibrate, evaluate
-from msae.evaluation.pictures import decoder_against_truth
+from msae.evaluation.pictures import truth_pictures
 from msae.sae import load_sae, save_sae
 from msae.sae.kernels import triton
 from msae.training.arms import Arms
@@ -107,11 +107,9 @@ def finish_arms(
         table[name] = {key.removesuffix(widest): value for key, value in metrics.items()}
     described = [{**arm, "error": together.failed.get(arm["name"])} for arm in describe_arms(cfg)]
     (run / "arms.json").write_text(json.dumps(described, indent=2) + "\n")
-    truth = data.shards.truth
-    if truth is not None:
-        decoders = {name: arm.sae.W_dec.detach() for name, arm in together.living()}
-        figure = decoder_against_truth(decoders, truth["features"], truth["parent"])
-        figure.savefig(run / "truth.png", dpi=150)
+    if data.shards.truth is not None:
+        for name, figure in truth_pictures({name: arm.sae for name, arm in together.living()}, data.shards).items():
+            figure.savefig(run / f"{name}.png", dpi=150)
     write_json(run / "metrics.json", {"train/tokens": float(tokens), "seconds": time.perf_counter() - started})
     print_arms(table)
     say(f"arms:    {run / 'arms.json'}\ncharts:  tensorboard --logdir {run}")
@@ -327,11 +325,10 @@ def report(
     logger.log_metrics(final, step)
     inner = tuple(f"/p{width}" for width in module.sae.prefixes[:-1])  # too many columns beside hyperparameters
     logger.log_hyperparams(settings, {key: value for key, value in final.items() if not key.endswith(inner)})
-    truth = shards.truth
-    if truth is not None:
-        figure = decoder_against_truth({directory.name: module.sae.W_dec}, truth["features"], truth["parent"])
-        figure.savefig(directory / "truth.png", dpi=150)
-        logger.experiment.add_figure("truth", figure, step)
+    if shards.truth is not None:
+        for name, figure in truth_pictures({directory.name: module.sae}, shards).items():
+            figure.savefig(directory / f"{name}.png", dpi=150)
+            logger.experiment.add_figure(name, figure, step)
     logger.finalize("success")
 
 
