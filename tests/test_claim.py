@@ -1,0 +1,55 @@
+"""The claim on short, seeded runs of the tree: what a vanilla SAE loses, and what nested prefixes keep."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from msae import train
+from tests.test_cli import call, elsewhere
+
+__all__ = ["call", "elsewhere"]  # fixtures
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+
+
+def figures(arm: str, width: int) -> dict[str, float]:
+    metrics = json.loads((Path("run") / arm / "metrics.json").read_text())
+    return {k.removeprefix("truth/"): v for k, v in metrics.items()} | {"fvu": metrics[f"val/fvu/p{width}"]}
+
+
+def test_fading_recovers_the_tree_that_a_vanilla_sae_absorbs(call):
+    """2M rows; tolerances are about three times what seeds 0 and 1 miss; 10 seeds of longer runs: README."""
+    arms = "arms={vanilla: {prefixes: [1.0]}, fading: {preset: fading}}"
+    code, _, err = call(train, "tokens=2_000_000", "data.batch_tokens=1024", "run_dir=run", arms)
+    assert code == 0, err
+    vanilla, fading = figures("vanilla", 32), figures("fading", 32)
+    assert fading["parent_silent_given_child"] <= 0.02
+    assert fading["mcc"] >= 0.98
+    assert fading["firing_f1"] >= 0.97
+    assert abs(fading["cos_child_parent"]) <= 0.06
+    assert fading["fvu"] <= 0.003
+    assert fading["edge_recall"] == 1
+    assert 0.2 <= vanilla["parent_silent_given_child"] <= 0.8
+    assert 0.87 <= vanilla["mcc"] <= 0.96
+    assert vanilla["cos_child_parent"] >= 0.15
+    assert vanilla["fvu"] <= 1e-4
+    assert 0.45 <= vanilla["mcc_chance"] <= 0.55
+
+
+def test_the_published_toy(call):
+    """4000 of its 20,000 steps: vanilla absorbs everything (published code: cos 0.70–0.71, MCC 0.865–0.872)."""
+    arms = "arms={vanilla: {prefix_sampling: fixed, prefixes: [20]}, matryoshka: {}}"
+    settings = ["preset=nabeshima", "model.d_sae=20", "model.prefixes=[5,20]", "model.k=1.34", "data.batch_tokens=200"]
+    code, _, err = call(train, *settings, "tokens=800_000", "run_dir=run", arms)
+    assert code == 0, err
+    vanilla, matryoshka = figures("vanilla", 20), figures("matryoshka", 20)
+    assert vanilla["parent_silent_given_child"] >= 0.98
+    assert vanilla["cos_child_parent"] == pytest.approx(0.70, abs=0.03)
+    assert vanilla["mcc"] == pytest.approx(0.87, abs=0.015)
+    assert matryoshka["parent_silent_given_child"] <= 0.15  # one edge of nine
+    assert matryoshka["firing_f1"] >= 0.94
+    assert matryoshka["mcc"] >= 0.93
+    assert matryoshka["fvu"] <= 0.05
