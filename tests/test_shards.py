@@ -338,10 +338,10 @@ def test_a_row_that_is_not_finite_gets_no_scale_and_no_shard(value, tmp_path) ->
     assert quantise(x)[1].isfinite().tolist() == [True, True, True, False, True]
 
     class Broken(Cast):
-        def _codes(self, split: str, chunk: int, rows: int) -> Tensor:
-            codes = super()._codes(split, chunk, rows)
-            codes[-1, 0] = value
-            return codes
+        def _rows(self, split: str, chunk: int, rows: int) -> Tensor:
+            x = super()._rows(split, chunk, rows)
+            x[-1, 0] = value
+            return x
 
     with pytest.raises(ValueError, match=r"^synthetic has rows with NaN or Inf, which int8 cannot hold; set [^\n]*$"):
         harvest(Broken(torch.int8), tmp_path, show=False)

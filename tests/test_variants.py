@@ -53,10 +53,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch_topk free, random": {
         "decoder": "free", "prefix_sampling": "random", "n_prefixes": 4, "resort_rate": 0.05, "balance": 0.75,
         "apply_b_dec_to_input": False, "init": "normal", "normalise": "unit_rms",
+        "inner_decay": [0.3, 0.7], "inner_end": 0.1, "encoder_decay": 0.1,
     },
     "topk, every": {"sparsity": "topk", "prefix_sampling": "every", "reduction": "mean", "orthogonality": 0.25},
     "topk rescaled, stop": {
         "sparsity": "topk", "decoder": "rescaled", "stop_gradient": True, "normalise": "centred",
+        "inner_decay": [0.2, 0.6], "inner_end": 0.0, "encoder_decay": 0.01,
         "aux": {"per_level": True, "k": 2}, "bias_level": True, "encoder_bias": False,
     },
     "topk of a transcoder": {
@@ -140,6 +142,7 @@ NUMBERS = (  # options with a number: another than the default
     *("balance", "orthogonality", "orthogonality_chunk", "resort_rate", "decoder_init_norm", "d_out", "n_prefixes"),
     *("sparsity_weight", "sparsity_warmup_steps", "sparsity_control", "threshold_init", "dead_after_steps", "betas"),
     *("warmup_start", "decay_end", "threshold_rate", "lr", "aux.coefficient", "aux.k"),
+    *("inner_decay", "inner_end", "encoder_decay"),
 )
 
 
@@ -362,7 +365,7 @@ def test_with_one_prefix_every_variant_is_a_vanilla_sae(name) -> None:
 
 # --- trained by the real trainer -------------------------------------------------------------------------------
 
-STEPS, BATCH, VAL_ROWS = 60, 128, 6000
+STEPS, BATCH, VAL_ROWS = 60, 128, 20_000
 
 
 class Noisy(ForestSource):
