@@ -29,7 +29,7 @@ from yaml import YAMLError
 
 from msae.ranks import is_other_rank
 from msae.schema import check
-from msae.sweep import SweepDirectory, claim, force, run_job
+from msae.sweep import SweepDirectory, claim, differing, force, run_job
 
 PACKAGE = Path(__file__).parent
 
@@ -61,6 +61,8 @@ def _groups() -> set[str]:
 
 # Arms: several models in one run ------------------------------------------------------------------------
 
+FILES = (".json", ".yaml", ".png", ".txt", ".ckpt")  # a run directory has some of these beside its arms
+
 
 def describe_arms(cfg: DictConfig) -> list[dict[str, Any]]:
     """{name, arm, settings} of every arm × grid; empty for one model alone. Raises ValueError in one line.
@@ -77,7 +79,11 @@ def describe_arms(cfg: DictConfig) -> list[dict[str, Any]]:
         settings = {f"model.{key}": value for key, value in zip(grid, values, strict=True)}
         described.append({"name": name, "arm": arm or cfg.name, "settings": settings})
     names = [arm["name"] for arm in described]
-    taken = {name for name in names if names.count(name) > 1 or name in ("checkpoints", "sae", "tensorboard")}
+    taken = {
+        name
+        for name in names
+        if names.count(name) > 1 or name in ("checkpoints", "sae", "tensorboard") or name.endswith(FILES)
+    }
     if not names or taken or any(not name.strip(".") for name in names):
         raise ValueError(f"arms and grid name {', '.join(sorted(taken)) or 'nothing'} ambiguously; rename an arm")
     return described
@@ -279,3 +285,16 @@ def run_directory(name: str, runs: str = "runs", run_dir: str | None = None, res
         directory = claim(Path(runs) / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
     os.environ["MSAE_RUN_DIR"] = str(directory.resolve())
     return directory
+
+
+def refuse_other_settings(file: Path, cfg: DictConfig) -> None:
+    """Raises ValueError in one line if the run to resume was made with other settings than these."""
+    if not file.exists():
+        raise ValueError(f"{file} is missing, so it cannot be known what the checkpoint was made with; start a new run")
+
+    for key, there, here in differing(OmegaConf.load(file), cfg):
+        if key != "data.val_rows" and not key.startswith("evaluation."):  # what is measured, not what is trained
+            raise ValueError(
+                f"{file.parent} was started with {key}={there}, this command has {here}; "
+                f"resume with {key}={there} or start a new run without ckpt_path"
+            )

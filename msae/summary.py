@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PREFIX_METRIC = re.compile(r"(val/.+)/p(\d+)")
+SEEDS = ("seed", "model.seed")  # of everything, or in a grid of the model alone: what intervals are over
 ARM_NAME = re.compile(r"[\w.+=-]+")
 
 
@@ -193,7 +194,7 @@ def report(
     varying = [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
     write_csv(sweep / "summary.csv", jobs, varying)
     figure = figure or {}
-    by = [k for k in keys if k != "seed" and (k in varying or k in (figure.get("x"), figure.get("by")))]
+    by = [k for k in keys if k not in SEEDS and (k in varying or k in (figure.get("x"), figure.get("by")))]
     rows = [job.metrics | widest(job.metrics) for job in jobs]
     shown = [m for m in metrics if any(m in row for row in rows)]
     shown = shown or columns([widest(job.metrics) for job in jobs])[:6]
@@ -205,7 +206,7 @@ def report(
     header, cells = table(groups, by, shown)
     print_table(header, cells)
     seconds = sum({job.name: job.seconds for job in jobs}.values())
-    seeds = len({job.overrides.get("seed") for job in jobs})
+    seeds = len({tuple(job.overrides.get(key) for key in SEEDS) for job in jobs})
     what = f"mean [95 % bootstrap interval of it] over {seeds} seeds" if seeds > 1 else "1 seed"
     what += f"; {seconds:,.0f} s of jobs"
     what += f"; {len(failed)} of {len(jobs)} failed" if failed else ""

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -47,7 +47,7 @@ def force(override: str, groups: set[str]) -> str:
     return f"++{override}"
 
 
-def settings(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
+def settings(cfg: DictConfig | ListConfig, resolve: bool = True) -> dict[str, Any]:
     """The dotted keys that decide what comes out, and their values; {} where they cannot be resolved."""
 
     def flat(node: Any, path: str = "") -> dict[str, Any]:
@@ -59,6 +59,14 @@ def settings(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
         return {k: v for k, v in flat(OmegaConf.to_container(cfg, resolve=resolve)).items() if k not in ANYWHERE}
     except OmegaConfBaseException:  # `check` says it in one line
         return {}
+
+
+def differing(saved: DictConfig | ListConfig, cfg: DictConfig) -> Iterator[tuple[str, Any, Any]]:
+    """The keys in which a saved config and this one differ in what comes out, in order, with both values."""
+    before, now = settings(saved), settings(cfg)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            yield key, before.get(key), now.get(key)
 
 
 def write(path: Path, text: str) -> None:
@@ -134,11 +142,10 @@ def alone(directory: Path) -> Iterator[None]:
 def difference(saved: Path, cfg: DictConfig) -> str | None:
     """The first key in which a job's saved config differs from `cfg`, with both values; None if all are the same."""
     try:
-        before, now = settings(OmegaConf.load(saved)), settings(cfg)  # type: ignore[arg-type]
+        before = OmegaConf.load(saved)
     except (OSError, YAMLError) as ex:
         return f"{saved.name} cannot be read ({' '.join(str(ex).split())})"
-    keys = (key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key))
-    return next((f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys), None)
+    return next((f"{key} was {there}, is {here}" for key, there, here in differing(before, cfg)), None)
 
 
 def clear(directory: Path, other: str | None) -> None:

@@ -55,6 +55,8 @@ def test_arms_are_trained_as_each_one_alone_and_leave_what_it_leaves(call):
         {"name": name, "arm": name, "settings": {}, "error": None} for name in ALONE
     ]
     assert json.loads(Path("together/metrics.json").read_text())["seconds"] > 0
+    images = EventAccumulator("together/tensorboard").Reload().Tags()["images"]
+    assert sorted(images) == ["activations", "truth"]
     for picture in ("truth.png", "activations.png"):
         assert (Path("together") / picture).stat().st_size > 1000
     assert sorted(p.name for p in Path("together/checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
@@ -124,6 +126,7 @@ def test_a_preset_of_an_arm_is_beaten_by_its_own_keys():
         ("arms={sae: {}}", "arms and grid name sae ambiguously"),
         ("arms={a b: {}, a/b: {}}", "arms and grid name a_b"),
         ("grid={name: []}", "ambiguously"),
+        ("arms={config.yaml: {}}", "arms and grid name config.yaml ambiguously"),
         ("grid={k: 3}", "grid is"),
         ("grid={nothing: [1]}", "unknown key model.nothing"),
     ],
@@ -140,12 +143,12 @@ def test_a_mistake_in_an_arm_is_one_line_and_leaves_no_run(call, arms, said):
 
 def test_the_weight_of_inner_levels_over_a_run():
     module = MatryoshkaTraining(8, 16, [4, 16], 2, inner_end=0.01, inner_decay=[0.25, 0.75])
-    assert [module._inner(step, 100) for step in (0, 24, 25)] == [1, 1, 1]
-    assert module._inner(50, 100) == pytest.approx(0.1)
-    assert [module._inner(step, 100) for step in (75, 99)] == [0, 0]
+    assert [module.fading.weight(step, 100) for step in (0, 24, 25)] == [1, 1, 1]
+    assert module.fading.weight(50, 100) == pytest.approx(0.1)
+    assert [module.fading.weight(step, 100) for step in (75, 99)] == [0, 0]
     linear = MatryoshkaTraining(8, 16, [4, 16], 2, inner_end=0.0, inner_decay=[0.5, 1.0])
-    assert linear._inner(75, 100) == pytest.approx(0.5)
-    assert MatryoshkaTraining(8, 16, [4, 16], 2)._inner(99, 100) == 1
+    assert linear.fading.weight(75, 100) == pytest.approx(0.5)
+    assert MatryoshkaTraining(8, 16, [4, 16], 2).fading.weight(99, 100) == 1
 
 
 @pytest.mark.parametrize("decay", [[0.6, 0.4], [0.5], [-0.1, 0.5], [0.5, 1.5]])
@@ -183,3 +186,30 @@ def test_inner_weighs_every_level_but_the_outermost(inner, kernels, monkeypatch)
     found, expected = gradients(sae, loss.total), gradients(sae, wanted.total)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_training_fades_and_decays_as_it_is_told(call):
+    """Until the inner levels fade neither key changes a bit; then each of them changes the weights."""
+    plain = ["tokens=2560", "checkpoint_every_steps=10", "trainer.log_every_n_steps=5", "trainer.val_check_interval=10"]
+
+    def train_one(name: str, *settings: str) -> dict[str, torch.Tensor]:
+        code, _, err = call(train, *TREE, *plain, "model.warmup_steps=2", f"run_dir={name}", *settings)
+        assert code == 0, err
+        checkpoint = torch.load(Path(name) / "checkpoints" / "last.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == 20
+        return {key.removeprefix("sae."): value for key, value in checkpoint["state_dict"].items()}
+
+    never = train_one("never")
+    for name, settings in {
+        "late": ["model.inner_decay=[1.0,1.0]", "model.encoder_decay=5"],
+        "without levels": ["model.prefixes=[32]", "model.inner_decay=[0.5,0.6]"],
+    }.items():
+        reference = never if name == "late" else train_one("vanilla", "model.prefixes=[32]")
+        found = train_one(name, *settings)
+        assert torch.equal(found["W_enc"], reference["W_enc"]), name
+    fading = train_one("fading", "model.inner_decay=[0.5,0.5]")
+    assert not torch.equal(fading["W_dec"], never["W_dec"])
+    decaying = train_one("decaying", "model.inner_decay=[0.5,0.5]", "model.encoder_decay=5")
+    assert decaying["W_enc"].norm() < 0.9 * fading["W_enc"].norm()
+    from_the_start = train_one("from the start", "model.encoder_decay=5")
+    assert from_the_start["W_enc"].norm() < 0.9 * decaying["W_enc"].norm()

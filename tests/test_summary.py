@@ -328,3 +328,18 @@ def test_a_figure_of_nothing_is_one_line(tmp_path: Path, capsys: Capture) -> Non
     assert capsys.readouterr().err == "no figure: no finished job has x=model.width and one of loss\n"
     report(tmp_path, [], {"x": "loss", "metrics": ["nowhere"]})
     assert "and one of nowhere\n" in capsys.readouterr().err
+
+
+def test_seeds_of_a_grid_are_seeds(tmp_path: Path) -> None:
+    """A family's `grid={seed: …}` is what its intervals are over, within one job."""
+    entries = []
+    for seed in range(4):
+        entries.append({**arm(f"k2-seed{seed}", "family"), "settings": {"model.k": 2, "model.seed": seed}})
+        put(tmp_path / "0" / f"k2-seed{seed}" / "metrics.json", {"truth/mcc": seed / 10})
+    put(tmp_path / "0" / "overrides.json", ["tokens=5"])
+    put(tmp_path / "0" / "arms.json", entries)
+    put(tmp_path / "0" / "metrics.json", {"seconds": 3})
+    assert report(tmp_path, ["truth/mcc"]) == 0
+    (row,) = rows(tmp_path / "intervals.csv")
+    assert (row["n"], float(row["mean"])) == ("4", pytest.approx(0.15))
+    assert "over 4 seeds" in (tmp_path / "table.md").read_text()

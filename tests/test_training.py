@@ -374,7 +374,7 @@ def test_b_dec_starts_where_it_is_told_to(normalise, d_out):
 
 def factors(total: int, **options) -> list[float]:
     module = MatryoshkaTraining(20, 20, PREFIXES, 1.5, **options)
-    return [module._lr_factor(step, total) for step in range(total)]
+    return [module.schedule.factor(step, total) for step in range(total)]
 
 
 def test_the_learning_rate_has_the_shape_that_it_is_given():

@@ -31,7 +31,7 @@ from msae.data.shards import (
     write_shard,
 )
 from msae.data.source import Chunk, Source
-from msae.data.text import spare_core
+from msae.data.tokens import spare_core
 from msae.progress import progress
 
 GB = 1e9

@@ -24,15 +24,8 @@ from msae.data.bridge import (
 from msae.data.seeds import stream
 from msae.data.shards import quantise
 from msae.data.source import Chunk, Split
-from msae.data.text import (
-    TokenChunk,
-    documents,
-    keep_mask,
-    one_ahead,
-    special_ids,
-    text_identity,
-    token_chunks,
-)
+from msae.data.text import documents, text_identity
+from msae.data.tokens import TokenChunk, keep_mask, one_ahead, special_ids, token_chunks
 
 SETTINGS = ["context", "prepend_bos", "dtype", "model_dtype", "compatibility_mode", "text_field", "seed"]
 SETTINGS += ["tokens", "val_fraction", "val_tokens", "chunk_tokens", "model_batch"]

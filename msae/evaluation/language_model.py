@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from msae.data.bridge import check_hook_name
-from msae.data.text import keep_mask
+from msae.data.tokens import keep_mask
 from msae.progress import progress
 
 Reconstruct = Callable[[Tensor], Tensor]

@@ -86,7 +86,8 @@ class DenseCode(NamedTuple):
 class Loss:
     """total: scalar with gradient; the rest without.
 
-    levels: E‖y' − recon_m‖² of each level [levels], or their weighted sum [1] for every prefix. aux, sparsity (before
+    levels: E‖y' − recon_m‖² of each level [levels]; of the outermost alone [1] once the inner ones count for nothing;
+    their weighted sum [1] for every prefix. aux, sparsity (before
     λ), orthogonality: scalars. code: which latents are active.
     """
 

@@ -28,7 +28,7 @@ class Arms(L.LightningModule):
         self.arms = nn.ModuleList(arms.values())
         self.failed: dict[str, str] = {}
         for i, arm in enumerate(arms.values()):
-            arm.arm = i
+            arm.logger_index = i
 
     def living(self) -> Iterator[tuple[str, MatryoshkaTraining]]:
         """The arms that have not failed, by name."""
@@ -65,9 +65,9 @@ class Arms(L.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         step = self.trainer.global_step + 1
-        logging = {name: arm._should_log() for name, arm in self.living()}
+        logging = next(self.living())[1].should_log()
         super().optimizer_step(*args, **kwargs)
-        self._each(lambda arm: arm.after_step(step, logging[self.names[arm.arm or 0]]))
+        self._each(lambda arm: arm.after_step(step, logging))
 
     def on_validation_epoch_start(self) -> None:
         self._each(lambda arm: arm.on_validation_epoch_start())
@@ -76,7 +76,7 @@ class Arms(L.LightningModule):
         self._each(lambda arm: arm.validation_step(batch, batch_idx))
 
     def on_validation_epoch_end(self) -> None:
-        self._each(lambda arm: arm._send(arm.validation_metrics(), self.trainer.global_step))
+        self._each(lambda arm: arm.send(arm.validation_metrics(), self.trainer.global_step))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._each(lambda arm: arm.on_save_checkpoint(checkpoint))

@@ -18,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from msae import __version__
-from msae.config import arm_models, describe_arms, explain, in_sweep, run_directory
+from msae.config import arm_models, describe_arms, explain, in_sweep, refuse_other_settings, run_directory
 from msae.data.batches import TrainBatches, ValBatches
 from msae.data.datamodule import ActivationData
 from msae.data.shards import Shards, write_json
@@ -101,15 +102,18 @@ def finish_arms(
     for name, arm in together.living():
         say(f"arm {name}")
         metrics = finish(arm, data, run / name, cfg) | {"train/tokens": float(tokens)}
-        assert arm.arm is not None
-        report(metrics, trainer.loggers[arm.arm], arm, data.shards, run / name, cfg, trainer.global_step)
+        assert arm.logger_index is not None
+        report(metrics, trainer.loggers[arm.logger_index], arm, data.shards, run / name, cfg, trainer.global_step)
         widest = f"/p{arm.sae.d_sae}"
         table[name] = {key.removesuffix(widest): value for key, value in metrics.items()}
     described = [{**arm, "error": together.failed.get(arm["name"])} for arm in describe_arms(cfg)]
     (run / "arms.json").write_text(json.dumps(described, indent=2) + "\n")
     if data.shards.truth is not None:
-        for name, figure in truth_pictures({name: arm.sae for name, arm in together.living()}, data.shards).items():
-            figure.savefig(run / f"{name}.png", dpi=150)
+        pictures = truth_pictures({name: arm.sae for name, arm in together.living()}, data.shards)
+        with SummaryWriter(run / "tensorboard") as writer:
+            for name, figure in pictures.items():
+                figure.savefig(run / f"{name}.png", dpi=150)
+                writer.add_figure(name, figure, trainer.global_step)
     write_json(run / "metrics.json", {"train/tokens": float(tokens), "seconds": time.perf_counter() - started})
     print_arms(table)
     say(f"arms:    {run / 'arms.json'}\ncharts:  tensorboard --logdir {run}")
@@ -150,39 +154,6 @@ def find_checkpoint(ckpt_path: str | None, run_dir: str | None, runs: str, name:
     if not (directory / "checkpoints").is_dir():
         raise ValueError(f"ckpt_path: {directory} is not a run directory with checkpoints/; see ls {runs}")
     return resume_from(directory / "checkpoints")
-
-
-MAY_DIFFER = (
-    "run_dir",
-    "ckpt_path",
-    "runs",
-    "evaluation",
-    "data.root",
-    "data.prefetch",
-    "data.max_disk_gb",
-    "data.val_rows",
-)
-
-
-def refuse_other_settings(file: Path, cfg: DictConfig) -> None:
-    """Raises ValueError in one line if the run to resume was made with other settings than these."""
-    if not file.exists():
-        raise ValueError(f"{file} is missing, so it cannot be known what the checkpoint was made with; start a new run")
-
-    def flat(node: Any, path: str = "") -> dict[str, Any]:
-        if isinstance(node, dict):
-            return {k: v for key, value in node.items() for k, v in flat(value, f"{path}.{key}").items()}
-        return {path[1:]: node}
-
-    before = flat(OmegaConf.to_container(OmegaConf.load(file)))
-    now = flat(OmegaConf.to_container(cfg, resolve=True))
-    for key in sorted(before.keys() | now.keys()):
-        there, here = before.get(key), now.get(key)
-        if there != here and not any(key == k or key.startswith(f"{k}.") for k in MAY_DIFFER):
-            raise ValueError(
-                f"{file.parent} was started with {key}={there}, this command has {here}; "
-                f"resume with {key}={there} or start a new run without ckpt_path"
-            )
 
 
 def check_budget(cfg: DictConfig, data: ActivationData) -> None:

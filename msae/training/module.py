@@ -33,6 +33,7 @@ from msae.sae.adam import Decoder
 from msae.sae.initial import Init
 from msae.sae.model import Normalise, Sparsity
 from msae.sae.sparse import Kernels
+from msae.training.schedules import Fading, LearningRate
 
 METRICS = ("loss", "mse", "fvu", "l0", "dead")
 FOLDED_AFTER_TRAINING = ("free", "unit_norm_before_step")
@@ -177,15 +178,14 @@ class MatryoshkaTraining(L.LightningModule):
         self.controller = L0Controller(sparsity_weight, k, sparsity_control)
         self.sparsity_warmup_steps = sparsity_warmup_steps
         self.decoder, self.normalise, self.b_dec_init, self.resort_rate = decoder, normalise, b_dec_init, resort_rate
-        self.inner_end, self.inner_decay, self.encoder_decay = inner_end, inner_decay, encoder_decay
+        self.fading, self.encoder_decay = Fading(inner_decay, inner_end), encoder_decay
         self.lr = lr if lr is not None else 2e-4 / math.sqrt(d_sae / 2**14)
         self.betas, self.grad_clip = (betas[0], betas[1]), grad_clip
-        self.warmup_steps, self.warmup_shape, self.warmup_start = warmup_steps, warmup_shape, warmup_start
-        self.decay_start, self.decay_end = decay_start, decay_end
+        self.schedule = LearningRate(warmup_steps, warmup_shape, warmup_start, decay_start, decay_end)
         self.dead_after_tokens, self.dead_after_steps = dead_after_tokens, dead_after_steps
         self.dead_includes_batch = dead_includes_batch
         self.threshold_rate, self.kernels = threshold_rate, kernels
-        self.arm: int | None = None  # which of the trainer's loggers is this arm's, where several are trained together
+        self.logger_index: int | None = None  # which of the trainer's loggers is this one's; null: all
         self._adam: DictionaryAdam | None = None
         self._clock: tuple[float, int] | None = None  # when and at which step throughput was last measured
         self._sums: ReconstructionSums | None = None
@@ -224,15 +224,15 @@ class MatryoshkaTraining(L.LightningModule):
         if self.dead_includes_batch:
             sae.update_fired(everywhere, len(x) * world)
         dead = self._dead(len(x)) if self.objective.aux.coefficient > 0 else None
-        inner = self._inner(self.trainer.global_step, self.trainer.max_steps)
-        if self._adam is not None:
-            self._adam.encoder_decay = self.encoder_decay if inner < 1 or self.inner_decay is None else 0.0
+        inner = self.fading.weight(self.trainer.global_step, self.trainer.max_steps)
+        assert self._adam is not None, "training needs its optimizer"
+        self._adam.encoder_decay = self.encoder_decay if inner < 1 or self.fading.between is None else 0.0
         loss = matryoshka_loss(sae, x, self.objective, dead, y, widths, weight, code, inner)
         if sae.sparsity == "batch_topk":
             sae.update_threshold(code.values.detach(), self.threshold_rate)
         if self.resort_rate is not None:
             self._update_use(code)
-        if self._should_log():
+        if self.should_log():
             self._log_step(x, y, loss, fired, weight)
         if not self.dead_includes_batch:
             sae.update_fired(everywhere, len(x) * world)
@@ -243,16 +243,6 @@ class MatryoshkaTraining(L.LightningModule):
         if self.prefix_sampling == "random":
             return pareto_prefixes(self.sae.d_sae, self.n_prefixes, stream(self.seed, "prefixes", step))
         return "every" if self.prefix_sampling == "every" else self.sae.prefixes
-
-    def _inner(self, step: int, total: int) -> float:
-        """The weight of all levels but the outermost at this step."""
-        if self.inner_decay is None or step < self.inner_decay[0] * total:
-            return 1.0
-        start, stop = (share * total for share in self.inner_decay)
-        done = (step - start) / max(1.0, stop - start)
-        if done >= 1:
-            return 0.0
-        return float(self.inner_end**done) if self.inner_end > 0 else 1 - done
 
     def _dead(self, batch_tokens: int) -> Tensor:
         after = self.dead_after_tokens
@@ -280,7 +270,7 @@ class MatryoshkaTraining(L.LightningModule):
             )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        step, logging = self.trainer.global_step + 1, self._should_log()
+        step, logging = self.trainer.global_step + 1, self.should_log()
         super().optimizer_step(*args, **kwargs)
         self.after_step(step, logging)
 
@@ -290,7 +280,7 @@ class MatryoshkaTraining(L.LightningModule):
         assert adam is not None
         if logging:
             self._refuse_divergence(adam.grad_norm, step)
-            self._send({"train/grad_norm": float(adam.grad_norm)}, step)
+            self.send({"train/grad_norm": float(adam.grad_norm)}, step)
         if self.sae.sparsity == "jumprelu":  # below zero the gate would let negative pre-activations through
             self.sae.threshold.data.clamp_(min=0)
         if self.resort_rate is not None:
@@ -310,27 +300,18 @@ class MatryoshkaTraining(L.LightningModule):
         assert total > 0, "training needs trainer.max_steps"
         share = self.sparsity_warmup_steps
         self.controller.warmup_steps = round(share * total) if share < 1 else min(round(share), total)
-        return self._adam, lambda step: self._lr_factor(step, total)
-
-    def _lr_factor(self, step: int, total: int) -> float:
-        warmup, decay_from = min(self.warmup_steps, total), self.decay_start * total
-        start, done = self.warmup_start or 0.0, step + (self.warmup_start is None)
-        rise = min(1.0, done / warmup) if warmup else 1.0
-        if self.warmup_shape == "cosine":
-            rise = (1 - math.cos(math.pi * rise)) / 2
-        rise = start + (1 - start) * rise
-        fall = 1.0 if step < decay_from else (total - step) / max(1.0, total - decay_from)
-        return min(rise, self.decay_end + (1 - self.decay_end) * max(0.0, fall))
+        return self._adam, lambda step: self.schedule.factor(step, total)
 
     # --- logging -----------------------------------------------------------------------------------------------
 
-    def _should_log(self) -> bool:
+    def should_log(self) -> bool:
         """On the first and every log_every_n_steps-th optimizer step; on the others nothing is computed for logs."""
         step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return bool(self.loggers) and (step == 0 or (step + 1) % every == 0)
 
-    def _send(self, metrics: dict[str, float], step: int) -> None:
-        for logger in self.loggers if self.arm is None else [self.loggers[self.arm]]:
+    def send(self, metrics: dict[str, float], step: int) -> None:
+        """To this SAE's loggers."""
+        for logger in self.loggers if self.logger_index is None else [self.loggers[self.logger_index]]:
             logger.log_metrics(metrics, step=step)
 
     @torch.no_grad()
@@ -362,10 +343,10 @@ class MatryoshkaTraining(L.LightningModule):
             **({"train/threshold": float(sae.threshold.mean())} if sae.sparsity != "topk" else {}),
             **({"train/sparsity": float(loss.sparsity), "train/sparsity_weight": float(weight)} if weight else {}),
             **({"train/orthogonality": float(loss.orthogonality)} if self.objective.orthogonality else {}),
-            **({"train/inner": self._inner(step, trainer.max_steps)} if self.inner_decay else {}),
+            **({"train/inner": self.fading.weight(step, trainer.max_steps)} if self.fading.between else {}),
             "train/lr": adam.param_groups[0]["lr"],
         }
-        self._send(metrics, step + 1)
+        self.send(metrics, step + 1)
 
     # --- validation: at inference, by threshold ----------------------------------------------------------------
 
