@@ -14,9 +14,9 @@ from msae.sae import MatryoshkaSAE, Objective, encode_for_training, matryoshka_l
 from msae.sae import sparse as sparse_module
 from msae.sae.sparse import sparse_encode
 from msae.training.module import MatryoshkaTraining
-from tests.test_cli import SHORT, TREE, call, elsewhere, one_line, only_run, same_weights, start, wait_for
+from tests.test_cli import SHORT, TREE, call, elsewhere, lm, one_line, only_run, same_weights, start, wait_for
 
-__all__ = ["call", "elsewhere"]  # fixtures
+__all__ = ["call", "elsewhere", "lm"]  # fixtures
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 ALONE = {
     "vanilla": ["model.prefixes=[1.0]"],
@@ -60,6 +60,18 @@ def test_arms_are_trained_as_each_one_alone_and_leave_what_it_leaves(call):
     for picture in ("truth.png", "activations.png"):
         assert (Path("together") / picture).stat().st_size > 1000
     assert sorted(p.name for p in Path("together/checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+
+def test_a_family_is_trained_from_one_harvest_of_a_language_model(call, lm):
+    code, _, err = call(train, *lm, *SHORT, "grid={k: [2, 4], seed: [0, 1]}", "run_dir=family")
+    assert code == 0, err
+    assert len(list(Path("shards").iterdir())) == 1
+    assert call(train, *lm, *SHORT, "model.k=4", "model.seed=1", "run_dir=alone")[0] == 0
+    same_weights(Path("alone"), Path("family/k4-seed1"))
+    together = json.loads(Path("family/k4-seed1/metrics.json").read_text())
+    alone = json.loads(Path("alone/metrics.json").read_text())
+    assert {key for key in together if "ce_score" in key} == {key for key in alone if "ce_score" in key} != set()
+    assert together == {key: value for key, value in alone.items() if key != "seconds"}
 
 
 def test_killed_arms_go_on_and_end_with_the_same_weights(call):
