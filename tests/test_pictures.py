@@ -142,6 +142,11 @@ def test_lines_of_numbers(log_x, tmp_path) -> None:
     figure.savefig(tmp_path / "lines.png", dpi=50)
 
 
+def test_whole_numbers_on_a_logarithmic_axis_have_no_decimals() -> None:
+    figure = lines({"y": {"a": [(x, 1, 0, 2) for x in (0.5, 16.0, 2048.0)]}}, "x", log_x=True)
+    assert labels(figure.axes[0].get_xticklabels()) == ["0.5", "16", "2,048"]
+
+
 def test_lines_of_words(tmp_path) -> None:
     series = {"a": [("vanilla", 0.4, 0.3, 0.6), ("nested", 0.5, 0.45, 0.55)], "b": [("nested", 0.7, 0.6, 0.9)]}
     figure = lines({"MCC": series}, "objective", references={"MCC": 0.1})

@@ -205,7 +205,7 @@ def name_x(axis: Axes, every: list[Any], words: bool, log_x: bool) -> None:
     elif log_x:
         axis.set_xscale("log")
         if len(every) <= 6:
-            axis.set_xticks(sorted(every), [f"{x:,}" for x in sorted(every)])
+            axis.set_xticks(sorted(every), [f"{int(x) if x == int(x) else x:,}" for x in sorted(every)])
             axis.minorticks_off()
 
 
