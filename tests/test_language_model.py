@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from msae.data import harvest as writing
-from msae.data import language_model, text
+from msae.data import language_model, tokens
 from msae.data.bridge import capture, load_bridge
 from msae.data.datamodule import ActivationData
 from msae.data.language_model import LanguageModelSource
@@ -352,9 +352,9 @@ def test_without_a_core_to_spare_nothing_runs_beside_the_model(files, tmp_path, 
         return real(*given)
 
     beside = writing.harvest(source(files), tmp_path / "beside", show=False)[RESID].directory
-    monkeypatch.setattr(text, "spare_core", lambda: False)
+    monkeypatch.setattr(tokens, "spare_core", lambda: False)
     monkeypatch.setattr(writing, "spare_core", lambda: False)
-    monkeypatch.setattr(text, "ThreadPoolExecutor", None)
+    monkeypatch.setattr(tokens, "ThreadPoolExecutor", None)
     monkeypatch.setattr(writing, "write_chunk", write)
     alone = writing.harvest(source(files), tmp_path / "alone", show=False)[RESID].directory
     assert threads == {threading.main_thread()}
