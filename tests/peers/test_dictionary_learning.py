@@ -85,7 +85,7 @@ def test_both_start_alike():
     trainer = MatryoshkaBatchTopKTrainer(9999, D_IN, D_SAE, K, 0, "none", FRACTIONS, device="cpu")
     assert_close(weights(module.sae), weights(trainer.ae), 1e-6)
     assert module.betas == trainer.optimizer.defaults["betas"]
-    assert module.warmup_steps == trainer.warmup_steps
+    assert module.schedule.warmup_steps == trainer.warmup_steps
     assert module.dead_after_tokens == trainer.dead_feature_threshold
     assert module.objective.aux.coefficient == trainer.auxk_alpha
     assert module.threshold_rate == pytest.approx(1 - trainer.threshold_beta)

@@ -114,8 +114,8 @@ def test_training_by_their_trainer(changed, dtype, monkeypatch):
         total_training_samples=steps * BATCH,
         train_batch_size_samples=BATCH,
         lr_end=3e-5,
-        lr_warm_up_steps=module.warmup_steps,
-        lr_decay_steps=round((1 - module.decay_start) * steps),
+        lr_warm_up_steps=module.schedule.warmup_steps,
+        lr_decay_steps=round((1 - module.schedule.decay_start) * steps),
         dead_feature_window=window,
         logger=LoggingConfig(log_to_wandb=False),
     )
@@ -143,7 +143,7 @@ def test_both_start_alike():
     config = SAETrainerConfig(1, 1)
     assert (module.lr, *module.betas) == (config.lr, config.adam_beta1, config.adam_beta2)
     assert module.dead_after_steps == config.dead_feature_window + 1
-    assert (module.warmup_steps, config.lr_warm_up_steps, config.lr_decay_steps) == (0, 0, 0)
+    assert (module.schedule.warmup_steps, config.lr_warm_up_steps, config.lr_decay_steps) == (0, 0, 0)
     assert module.threshold_rate == theirs.cfg.topk_threshold_lr
     assert module.objective.aux.coefficient == theirs.cfg.aux_loss_coefficient
 
