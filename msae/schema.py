@@ -15,6 +15,8 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError
 
+from msae.hierarchy.limits import Limits
+
 INSTANTIATE_KEYS = ("_target_", "_convert_", "_recursive_", "_partial_", "_args_")
 
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # a target that is not found is reported here
@@ -69,6 +71,20 @@ class ExportConfig:
     push: str | None = None
     private: bool = False
     revision: str | None = None
+
+
+@dataclass
+class HierarchyConfig:
+    """The top-level keys of `python -m msae.hierarchy` and `python -m msae.report`."""
+
+    run: str
+    limits: Limits
+    shards: str | None = None
+    tokens: int | None = None
+    vanilla: str | None = None
+    model: str | None = None
+    out: str | None = None
+    seed: int = 0
 
 
 @dataclass

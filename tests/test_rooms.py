@@ -13,13 +13,29 @@ MAY_IMPORT = {
     "interop": {"sae"},
     "evaluation": {"sae", "data"},
     "training": {"sae", "data", "evaluation"},
+    "hierarchy": {"sae", "data", "evaluation"},
 }
+COMMANDS = {
+    "job.py": {"config", "interop"},
+    "__main__.py": {"config", "schema"},
+}  # what a command line's files may besides
 ONLY_IN = {
     "lightning": {"training/", "data/datamodule.py"},
     "transformer_lens": {"data/bridge.py"},
     "triton": {"sae/kernels/triton_kernels.py"},
     "hydra": {"config.py", "schema.py", "sweep.py", "harvest.py", "training/job.py"},
-    "omegaconf": {"config.py", "schema.py", "sweep.py", "train.py", "harvest.py", "export.py", "training/job.py"},
+    "omegaconf": {
+        "config.py",
+        "schema.py",
+        "sweep.py",
+        "train.py",
+        "harvest.py",
+        "export.py",
+        "report.py",
+        "training/job.py",
+        "hierarchy/job.py",
+        "hierarchy/__main__.py",
+    },
 }
 
 
@@ -46,9 +62,7 @@ def test_imports_run_one_way(path):
         parts = module.split(".")
         if parts[0] == "msae" and room is not None:
             other = parts[1] if len(parts) > 1 else ""
-            allowed = (
-                MAY_IMPORT[room] | {room, "progress", "ranks", ""} | ({"config"} if path.name == "job.py" else set())
-            )
+            allowed = MAY_IMPORT[room] | {room, "progress", "ranks", ""} | COMMANDS.get(path.name, set())
             assert other in allowed, f"{relative} imports {module}"
         for package, places in ONLY_IN.items():
             if parts[0] == package:

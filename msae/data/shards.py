@@ -74,9 +74,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any], indent: int | None = 1) -> None:
     """Atomically write JSON."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=indent) + "\n"))
 
 
 def write_shard(directory: Path, split: str, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:

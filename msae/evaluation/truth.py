@@ -20,7 +20,7 @@ from msae.evaluation.matching import (
     pair_cosines,
     uniqueness,
 )
-from msae.sae import MatryoshkaSAE
+from msae.sae import MatryoshkaSAE, encode_sparse
 
 BLOCK = 2**24  # activations held densely at once
 RECOVERED = 0.5  # |cos| from which a feature counts as recovered: an absorbed child's is still 1/√2
@@ -67,10 +67,8 @@ def latent_codes(sae: MatryoshkaSAE, batches: Tensor | Iterable[Tensor]) -> Code
     rows = 0
     for batch in [batches] if isinstance(batches, Tensor) else batches:
         for x in batch.split(max(1, BLOCK // sae.d_sae)):
-            acts = sae.encode(x.to(sae.W_dec))
-            row, latent = acts.nonzero(as_tuple=True)
-            value = acts[row, latent] * norm[latent]
-            parts.append(((row + rows).cpu(), latent.cpu(), value.float().cpu()))
+            row, latent, acts = encode_sparse(sae, x.to(sae.W_dec))
+            parts.append(((row + rows).cpu(), latent.cpu(), (acts * norm[latent]).float().cpu()))
             rows += len(x)
     row, latent, value = (torch.cat(part) for part in zip(*parts, strict=True))
     return Codes(row, latent, value, rows, sae.d_sae)

@@ -7,7 +7,7 @@ from msae.sae.initial import geometric_median
 from msae.sae.loss import DenseCode, Loss, Objective, encode_for_training, matryoshka_loss, prefix_errors
 from msae.sae.model import MatryoshkaSAE
 from msae.sae.prefixes import pareto_prefixes, resolve_prefixes
-from msae.sae.sparse import SparseCode, choose_kernels, reconstruct
+from msae.sae.sparse import SparseCode, choose_kernels, encode_sparse, reconstruct
 from msae.sae.sparsity import L0Controller, batch_topk, jumprelu, quantile_thresholds, topk
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "batch_topk",
     "choose_kernels",
     "encode_for_training",
+    "encode_sparse",
     "geometric_median",
     "jumprelu",
     "load_sae",

@@ -225,6 +225,20 @@ def reconstruct(
     return code.fired(), list(left.neg_().unbind(1))
 
 
+@torch.no_grad()
+def encode_sparse(
+    sae: MatryoshkaSAE, x: Float[Tensor, "batch d_in"], kernels: Kernels = "auto"
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """Row, latent and activation of the nonzero entries of `encode(x)`, by row, then latent."""
+    chosen = choose_kernels(kernels, sae, x)
+    code = None if chosen == "dense" else sparse_encode(sae, x, chosen, inference=True)
+    if code is not None:
+        return code.rows, code.latents, code.acts
+    acts = sae.encode(x)
+    row, latent = acts.nonzero(as_tuple=True)
+    return row, latent, acts[row, latent]
+
+
 def _residuals(sae: MatryoshkaSAE, code: SparseCode, target: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """target − Σ of what is active up to each width, and its E‖·‖²."""
     norm = sae.W_dec.norm(dim=1)[code.latents] if sae.rescale_acts_by_decoder_norm else 1.0
