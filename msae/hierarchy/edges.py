@@ -62,6 +62,7 @@ def grade(sae: MatryoshkaSAE, shards: Shards, firings: Firings, covering: Pairs,
     - gain = 1 − Σ ‖x' − a_p d_p − a_c d_c‖² / Σ ‖x' − a_p d_p‖²   (after the reconstruction condition of 2605.07922).
     - harm = Σ (‖r + a_p d_p‖² − ‖r‖²) / Σ ‖x'‖² of the residual r of all latents; z compares its mean with that of
       matched latents.
+    Where coverage is below `limits.lift` · chance, the figures that need activations are NaN.
     """
     counts, rows = firings.counts(), firings.rows
     could = eligible(counts, level, limits.least)
@@ -69,28 +70,40 @@ def grade(sae: MatryoshkaSAE, shards: Shards, firings: Firings, covering: Pairs,
     covers = np.bincount(covering.parent[ordered], minlength=firings.d_sae) / np.maximum(1, could)
     pairs, pmi = highest(covering.where(ordered), counts, rows, limits.parents)
     parent, child, n = pairs.parent, pairs.child, counts[pairs.child]
-    s = sum_up(sae, shards, firings, pairs, limits)
-    largest, directions = firings.largest(), normalize(sae.W_dec.detach().float().cpu(), dim=1).numpy()
-    cosine = np.fromiter((directions[p] @ directions[c] for p, c in zip(parent, child, strict=True)), float, len(n))
-    error = np.sqrt(np.maximum(s.harm_square / n - (s.harm / n) ** 2, 1e-30) / n)
     looked_at = max(len(parent), int(could.sum()))
     coverage = pairs.both / n
+    # what a frequent latent covers by chance is no child of its own, nor between others, and not worth a pass
+    above = pairs.above(counts, limits.lift)
+    related = covering.where(covering.above(counts, limits.lift))
+    tested = pairs.where(above)
+    s = sum_up(sae, shards, firings, tested, limits)
+    largest, directions = firings.largest(), normalize(sae.W_dec.detach().float().cpu(), dim=1).numpy()
+    p, c, n_c = tested.parent, tested.child, counts[tested.child]
+    cosine = np.fromiter((directions[a] @ directions[b] for a, b in zip(p, c, strict=True)), float, len(p))
+    error = np.sqrt(np.maximum(s.harm_square / n_c - (s.harm / n_c) ** 2, 1e-30) / n_c)
+
+    def placed(values: Array) -> Array:
+        whole = np.full(len(parent), np.nan)
+        whole[above] = values
+        return whole
+
+    lift = coverage / np.maximum(1e-12, pairs.chance)
     f = {
         "coverage": coverage,
         "pmi": pmi,
-        "lift": coverage / np.maximum(1e-12, np.maximum(pairs.chance, s.matched_fires / n)),
+        "lift": np.fmin(lift, placed(tested.both / np.maximum(1e-12, s.matched_fires))),
         "q": false_discovery_rate(binom.sf(pairs.both - 1, n, pairs.chance), looked_at),
-        "mcs": s.product / np.sqrt(s.parent_square * s.square[child]) * largest[child] / largest[parent],
-        "gain": (s.explains[child] - 2 * s.product * cosine) / (s.norm[child] - s.parent_explains),
-        "harm": s.harm / s.norm[child],
-        "z": (s.harm - s.matched_harm) / n / error,
+        "mcs": placed(s.product / np.sqrt(s.parent_square * s.square[c]) * largest[c] / largest[p]),
+        "gain": placed((s.explains[c] - 2 * s.product * cosine) / (s.norm[c] - s.parent_explains)),
+        "harm": placed(s.harm / s.norm[c]),
+        "z": placed((s.harm - s.matched_harm) / n_c / error),
         "covers": covers[parent],
         "reverse": pairs.both / counts[parent],
-        "sibling": sibling_cosines(directions, covering, parent, child, covers <= limits.superparent),
-        "between": between(covering, parent, child),
+        "sibling": placed(sibling_cosines(directions, related, p, c, covers <= limits.superparent)),
+        "between": between(related, parent, child),
     }
     passed = {
-        "coverage": coverage >= limits.coverage,
+        "coverage": pairs.both >= limits.coverage * n,
         "lift": f["lift"] >= limits.lift,
         "q": f["q"] <= limits.fdr,
         "mcs": f["mcs"] >= limits.mcs,

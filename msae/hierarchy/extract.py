@@ -55,7 +55,7 @@ class Hierarchy:
         said = f"{mine:,} of {candidates:,} candidate edges survive every test; {beside}"
         if not mine:
             return f"{said}. Nothing is found."
-        if failed := [SAYS[name] for name, n in kept.items() if n >= mine]:
+        if failed := [says for name, says in SAYS.items() if kept.get(name, -1) >= mine]:
             said += f". {failed[0][0].upper()}{failed[0][1:]}"
         return said + "."
 
@@ -114,13 +114,18 @@ def extract(
         "l0": firings.matrix.nnz / firings.rows,
         "shards": shards.directory.name,
         "identity_hash": shards.manifest["identity_hash"],
-        "model": sae.metadata.get("model_name"),
+        "model": short(str(sae.metadata.get("model_name") or "")),
         "hook_name": shards.manifest["hook_name"],
         "limits": asdict(limits),
     }
     counts, largest = firings.counts(), firings.largest()
     truth = against_truth(sae, shards, edges)
     return Hierarchy(sae.prefixes, level, counts / firings.rows, largest, edges, funnels, truth, about), firings
+
+
+def short(model: str) -> str:
+    """A hub name as it is; of a path the last part, since what is written here may be shown to others."""
+    return Path(model).name if model.startswith(("/", ".", "~")) else model
 
 
 def against_truth(sae: MatryoshkaSAE, shards: Shards, edges: Edges) -> dict[str, float]:
@@ -190,7 +195,8 @@ def load(path: Path) -> Hierarchy:
             raise ValueError("columns of different lengths")
         if n and (ends.min() < 0 or ends.max() >= d_sae):
             raise ValueError(f"latents beyond {d_sae}")
-        if set(of["figures"]) != set(TESTS):
+        drawn = {key for key, test in TESTS.items() if test.line}
+        if set(of["figures"]) != set(TESTS) or set(of["passed"]) != drawn:
             raise ValueError("other tests than this msae has")
         edges = Edges(
             ends[0],
@@ -204,6 +210,6 @@ def load(path: Path) -> Hierarchy:
         funnels, truth, about = content["funnels"], content["truth"], content["about"]
     except FileNotFoundError:
         raise ValueError(f"there is no {path}; run python -m msae.hierarchy first") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
         raise ValueError(f"{path} is not a hierarchy of this msae ({error}); {again}") from None
     return Hierarchy(content["prefixes"], level, rate, largest, edges, funnels, truth, about)

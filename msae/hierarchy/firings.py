@@ -108,16 +108,19 @@ class Firings:
         with each other goes.
         """
         random = np.random.default_rng(seed)
-        parts = []
+        indices, data, counts = [], [], []
         for start in range(0, self.rows, block):
             part = self.matrix[start : start + block].tocoo()
             offset = random.integers(0, part.shape[0], self.d_sae)
             row = (part.coords[0] + offset[part.coords[1]]) % part.shape[0]
-            parts.append((row + start, part.coords[1], part.data))
-        row, latent, value = (np.concatenate(part) for part in zip(*parts, strict=True))
-        matrix = csr_array((value, (row, latent)), shape=self.matrix.shape)
-        matrix.sort_indices()
-        return Firings(matrix, self.pieces)
+            moved = csr_array((part.data, (row, part.coords[1])), shape=part.shape)
+            moved.sort_indices()
+            indices.append(moved.indices)
+            data.append(moved.data)
+            counts.append(np.diff(moved.indptr))
+        offsets = np.concatenate([[0], np.concatenate(counts).cumsum()])
+        shape = self.matrix.shape
+        return Firings(csr_array((np.concatenate(data), np.concatenate(indices), offsets), shape=shape), self.pieces)
 
 
 def collect(sae: MatryoshkaSAE, shards: Shards, tokens: int | None = None, floor: float = 0.0) -> Firings:
@@ -127,6 +130,8 @@ def collect(sae: MatryoshkaSAE, shards: Shards, tokens: int | None = None, floor
     rows: the harvest left them out.
     """
     parts = pieces(shards, tokens)
+    if not parts:
+        raise ValueError(f"tokens={tokens} leaves no rows of {shards.directory}; give tokens=1_000_000, or null: all")
     rows = parts[-1].stop
     latents, values, counts = [], [], []
     with progress(rows, "encode") as bar:

@@ -26,6 +26,11 @@ class Pairs:
         """Those pairs alone, by mask or in an order."""
         return Pairs(*(getattr(self, field.name)[keep] for field in fields(self)))
 
+    def above(self, counts: Array, lift: float) -> Array:
+        """Which pairs fire together at least `lift` times as often as chance has it; `counts` [d_sae] are firings."""
+        above: Array = self.both >= lift * self.chance * counts[self.child]
+        return above
+
 
 def covering_pairs(firings: Firings, coverage: float, least: int) -> Pairs:
     """Every pair with P(parent | child) ≥ `coverage` whose parent fires more often, whatever their levels.
@@ -38,7 +43,13 @@ def covering_pairs(firings: Firings, coverage: float, least: int) -> Pairs:
     ones = np.ones(matrix.nnz, dtype=np.int32)
     fires = csr_array((ones, matrix.indices, matrix.indptr), shape=matrix.shape)
     columns = fires.T.tocsr()
-    others = columns @ np.diff(matrix.indptr).astype(np.float64) - counts
+    l0 = np.diff(matrix.indptr)
+    others = -counts.astype(np.float64)
+    for start in range(0, firings.rows, 2**18):
+        stop = min(start + 2**18, firings.rows)
+        latent = matrix.indices[matrix.indptr[start] : matrix.indptr[stop]]
+        weights = np.repeat(l0[start:stop], l0[start:stop])
+        others += np.bincount(latent, weights, minlength=firings.d_sae)
     alive = counts >= least
 
     def count(start: int) -> tuple[Array, ...]:
