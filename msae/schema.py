@@ -82,7 +82,7 @@ class HierarchyConfig:
     shards: str | None = None
     tokens: int | None = None
     vanilla: str | None = None
-    model: str | None = None
+    language_model: str | None = None
     out: str | None = None
     seed: int = 0
 

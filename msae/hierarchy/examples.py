@@ -103,9 +103,10 @@ def text_of(shards: Shards, firings: Firings, vocabulary: Sequence[str] | None) 
 
 
 def words(tokenizer: Any) -> list[str]:
-    """The string of every token as it stands in text."""
-    size = 1 + max(tokenizer.get_vocab().values())
-    return [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in range(size)]
+    """The string of every token as it stands in text: after another one, since some decoders drop a first space."""
+    first, size = min(ids := tokenizer.get_vocab().values()), 1 + max(ids)
+    before = len(tokenizer.decode([first], clean_up_tokenization_spaces=False))
+    return [tokenizer.decode([first, i], clean_up_tokenization_spaces=False)[before:] for i in range(size)]
 
 
 class Examples:

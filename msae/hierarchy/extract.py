@@ -1,5 +1,6 @@
 """The hierarchy of one SAE with the same tests run on controls, and the file that keeps all of it."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,6 +72,14 @@ def check_fits(sae: MatryoshkaSAE, shards: Shards) -> None:
         )
 
 
+def weights_hash(sae: MatryoshkaSAE) -> str:
+    """Twelve hex digits that tell one SAE from another of its shape."""
+    digest = hashlib.sha256()
+    for tensor in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold):
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 def levels(sae: MatryoshkaSAE) -> Array:
     """The first prefix that holds each latent [d_sae]."""
     return np.searchsorted(sae.prefixes, np.arange(sae.d_sae), side="right")
@@ -113,6 +122,7 @@ def extract(
         "tokens": firings.rows,
         "l0": firings.matrix.nnz / firings.rows,
         "shards": shards.directory.name,
+        "weights": weights_hash(sae),
         "identity_hash": shards.manifest["identity_hash"],
         "model": short(str(sae.metadata.get("model_name") or "")),
         "hook_name": shards.manifest["hook_name"],

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from msae.data.bridge import TOKENIZER, load_bridge, load_tokenizer, model_ident
 from msae.data.shards import Shards
 from msae.hierarchy import pictures
 from msae.hierarchy.examples import Examples, Text, feature_labels, fires_on, histogram, text_of, words
-from msae.hierarchy.extract import FILE, THIS, Hierarchy, check_fits, extract, load, save
+from msae.hierarchy.extract import FILE, THIS, Hierarchy, check_fits, extract, load, save, weights_hash
 from msae.hierarchy.firings import Array, Firings, collect
 from msae.hierarchy.limits import TESTS, Limits
 from msae.hierarchy.page import PageData, write_page
@@ -42,9 +43,9 @@ class Inputs:
         self.out = Path(cfg.out) if cfg.out is not None else self.run
         self.shards = Shards(self.find_shards(cfg.shards))
         check_fits(self.sae, self.shards)
-        source = self.config.get("data", {}).get("source") or {}
-        self.model = cfg.model or source.get("model")
-        same = cfg.model in (None, source.get("model"))
+        source = mapping(mapping(self.config.get("data")).get("source"))
+        self.model = cfg.language_model or source.get("model")
+        same = cfg.language_model in (None, source.get("model"))
         self.revision = source.get("revision") if same else None
         self.tokenizer = (source.get("tokenizer") if same else None) or self.model
 
@@ -52,8 +53,8 @@ class Inputs:
         """The directory that was given, or the one that the SAE was trained on, where its run says."""
         if given is not None:
             return Path(given)
-        name = str((self.sae.metadata.get("shards") or {}).get("identity_hash"))
-        root = Path(str(self.config.get("data", {}).get("root", "shards")))
+        name = str(mapping(self.sae.metadata.get("shards")).get("identity_hash"))
+        root = Path(str(mapping(self.config.get("data")).get("root") or "shards"))
         if re.fullmatch("[0-9a-f]{12}", name) and (found := sorted(root.glob(f"*-{name}"))):
             return found[0]
         raise ValueError(f"no shards for {self.run}; give shards=<a directory that python -m msae.harvest made>")
@@ -62,9 +63,10 @@ class Inputs:
         """The SAE that was given, or an arm of the same run that has one prefix, best as many latents."""
         if given is not None:
             return load_sae(given)
-        if len(self.sae.prefixes) == 1 or not (self.run.parent / "arms.json").exists():
+        here = self.run.resolve()
+        if len(self.sae.prefixes) == 1 or not (here.parent / "arms.json").exists():
             return None
-        beside = [load_sae(self.run.parent / name) for name in arms(self.run.parent) if name != self.run.name]
+        beside = [load_sae(here.parent / name) for name in arms(here.parent) if name != here.name]
         one_prefix = [sae for sae in beside if len(sae.prefixes) == 1 and sae.d_in == self.sae.d_in]
         return min(one_prefix, key=lambda sae: abs(sae.d_sae - self.sae.d_sae), default=None)
 
@@ -76,9 +78,14 @@ class Inputs:
         if there is not None and model_identity(self.tokenizer, self.revision, TOKENIZER) != there:
             raise ValueError(
                 f"the tokenizer of {self.tokenizer} is not the one that {self.shards.directory} was made with; "
-                "give model=<the model that was harvested>"
+                "give language_model=<the model that was harvested>"
             )
         return words(load_tokenizer(self.tokenizer, self.revision))
+
+
+def mapping(found: Any) -> dict[str, Any]:
+    """What was read where a mapping was expected; empty for anything else."""
+    return found if isinstance(found, dict) else {}
 
 
 def arms(run: Path) -> list[str]:
@@ -93,10 +100,10 @@ def arms(run: Path) -> list[str]:
 
 def config_of(run: Path) -> dict[str, Any]:
     """The configuration of a run, or of the run that an arm belongs to; empty without one."""
-    for directory in (run, run.parent):
+    for directory in (run, run.resolve().parent):
         if (directory / "config.yaml").exists():
             found = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
-            return found if isinstance(found, dict) else {}  # type: ignore[return-value]
+            return mapping(found)
     return {}
 
 
@@ -164,8 +171,7 @@ def summarise(found: Hierarchy, sae: MatryoshkaSAE, labels: list[str], directory
         "forest": pictures.forest(found, labels),
     }
     survives = found.edges.survives
-    for old in directory.glob("tensorboard/events.out.tfevents.*"):
-        old.unlink()  # of an earlier extraction
+    shutil.rmtree(directory / "tensorboard", ignore_errors=True)  # of an earlier extraction
     with SummaryWriter(directory / "tensorboard") as writer:
         for name, figure in drawn.items():
             figure.savefig(directory / f"{name}.png", dpi=150)
@@ -209,8 +215,8 @@ def report(cfg: DictConfig) -> None:
     file = inputs.out / "hierarchy" / FILE
     if file.exists():
         found = load(file)
-        there = (found.prefixes, found.about.get("identity_hash"))
-        if there != (list(inputs.sae.prefixes), inputs.shards.manifest["identity_hash"]):
+        there = (found.prefixes, found.about.get("weights"), found.about.get("identity_hash"))
+        if there != (list(inputs.sae.prefixes), weights_hash(inputs.sae), inputs.shards.manifest["identity_hash"]):
             raise ValueError(f"{file} is of another SAE or of other shards; run python -m msae.hierarchy run={cfg.run}")
         tokens, floor = found.about.get("tokens"), found.about["limits"]["floor"]
         firings = collect(inputs.sae, inputs.shards, tokens, floor)
@@ -277,8 +283,9 @@ def facts(found: Hierarchy, inputs: Inputs, vocabulary: list[str] | None) -> dic
         if vocabulary is not None or inputs.shards.truth is not None
         else {"tokens shown as": "numbers: no model was given"}
     )
+    model = found.about.get("model")
     return {
-        "model": str(found.about.get("model")),
+        **({"model": str(model)} if model else {}),
         "hook": str(found.about.get("hook_name")),
         "tokens": f"{found.about['tokens']:,}",
         "latents": f"{len(found.level):,}, {alive:,} fire",
@@ -310,17 +317,18 @@ def neighbours(sae: MatryoshkaSAE, block: int = 2**24) -> tuple[Array, Array]:
 def unembedded(inputs: Inputs, block: int = 2**26) -> tuple[Array, Array] | None:
     """Tokens [d_sae, PROMOTED] that each decoder row raises and lowers most through the last norm and W_U.
 
-    logits = (d · γ − mean) W_U, γ of the last norm (the logit lens); None where the hook is not of the residual width.
+    logits = (norm(d) − norm(0)) W_U with the model's own last norm (the logit lens); None where the hook is not of the
+    residual width.
     """
     assert inputs.model is not None, "words without a model"
     bridge = load_bridge(inputs.model, revision=inputs.revision, tokenizer=inputs.tokenizer)
-    W_U = bridge.W_U.detach().float()
+    tokens = 1 + max(load_tokenizer(inputs.tokenizer or inputs.model, inputs.revision).get_vocab().values())
+    W_U = bridge.W_U.detach().float()[:, :tokens]  # embeddings are often padded
     if W_U.shape[0] != inputs.sae.d_in:
         return None
     rows = inputs.sae.W_dec.detach().float().to(W_U)
-    gain = [p for name, p in getattr(bridge, "ln_final", bridge).named_parameters() if name.endswith("weight")]
-    if len(gain) == 1 and gain[0].shape == (inputs.sae.d_in,):
-        rows = (rows - rows.mean(1, keepdim=True)) * gain[0].detach().float()
+    if (norm := getattr(bridge, "ln_final", None)) is not None:  # a direction has no size, and a bias is of no latent
+        rows = norm(1000 * rows[:, None])[:, 0] - norm(torch.zeros_like(rows[:1, None]))[:, 0]
     up, down = [], []
     for part in rows.split(max(1, block // W_U.shape[1])):
         logits = part @ W_U

@@ -21,6 +21,11 @@ class Limits:
     matched: int = 16  # latents of neighbouring firing rates among which a parent is compared
     parents: int = 8  # candidates of one child that are tested: those with the highest PMI
 
+    def __post_init__(self) -> None:
+        for key in ("least", "matched", "parents"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"limits.{key}={getattr(self, key)} must be at least 1")
+
 
 class Test(NamedTuple):
     """A figure of every edge: its name, what it is, and what an edge must have (nothing for a mere figure)."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 
 from msae.hierarchy.extract import THIS, Hierarchy
 from msae.hierarchy.firings import Array
@@ -80,7 +81,7 @@ def forest(hierarchy: Hierarchy, labels: Sequence[str], roots: int = 8, most: in
             vmax=max(1, len(hierarchy.prefixes) - 1),
         )
         said = f"{latent}  {plain(labels[latent])}".rstrip()
-        axis.text(depth + 0.14, y, f"{said}  ({hierarchy.rate[latent]:.2%})", va="center", fontsize=7)
+        axis.text(depth + 0.14, y, f"{said}  ({hierarchy.rate[latent]:.2%})", va="center", fontsize=7, parse_math=False)
     depth = max((d for _, d in lines), default=0)
     axis.set(xlim=(-0.3, depth + 3), ylim=(max(4, len(lines)) - 0.3, -0.7))
     axis.axis("off")
@@ -107,6 +108,7 @@ def outline(parent: Array, rate: Array, roots: int, most: int) -> list[tuple[int
 
 
 def plain(label: str, most: int = 40) -> str:
-    """A label that matplotlib draws as it is: no formulas, no control characters."""
-    shown = "".join(c if c.isprintable() else "·" for c in label).replace("$", r"\$")
+    """A label that matplotlib draws as it is, with · for what is not printed or not in its font."""
+    font = get_font(findfont("DejaVu Sans")).get_charmap()
+    shown = "".join(c if c.isprintable() and ord(c) in font else "·" for c in label)
     return shown if len(shown) <= most else shown[: most - 1] + "…"
