@@ -167,6 +167,8 @@ def sum_up(sae: MatryoshkaSAE, shards: Shards, firings: Firings, pairs: Pairs, l
     b_dec = sae.unscale(sae.b_dec.detach().float()).cpu()
     of_pairs = torch.zeros(7, len(pairs.child), dtype=torch.float64)
     of_latents = torch.zeros(3, d_sae, dtype=torch.float64)
+    if not len(pairs.child):
+        return Sums(*of_pairs.numpy(), *of_latents.numpy())
     with progress(firings.rows, "test") as bar:
         for piece in firings.pieces:
             start = piece.start

@@ -108,19 +108,18 @@ class Firings:
         with each other goes.
         """
         random = np.random.default_rng(seed)
-        indices, data, counts = [], [], []
+        indices, data = np.empty_like(self.matrix.indices), np.empty_like(self.matrix.data)
+        offsets = np.empty_like(self.matrix.indptr)
         for start in range(0, self.rows, block):
             part = self.matrix[start : start + block].tocoo()
             offset = random.integers(0, part.shape[0], self.d_sae)
             row = (part.coords[0] + offset[part.coords[1]]) % part.shape[0]
             moved = csr_array((part.data, (row, part.coords[1])), shape=part.shape)
             moved.sort_indices()
-            indices.append(moved.indices)
-            data.append(moved.data)
-            counts.append(np.diff(moved.indptr))
-        offsets = np.concatenate([[0], np.concatenate(counts).cumsum()])
-        shape = self.matrix.shape
-        return Firings(csr_array((np.concatenate(data), np.concatenate(indices), offsets), shape=shape), self.pieces)
+            first = self.matrix.indptr[start]  # a block keeps its firings, and so its place
+            indices[first : first + moved.nnz], data[first : first + moved.nnz] = moved.indices, moved.data
+            offsets[start : start + len(moved.indptr)] = first + moved.indptr
+        return Firings(csr_array((data, indices, offsets), shape=self.matrix.shape), self.pieces)
 
 
 def collect(sae: MatryoshkaSAE, shards: Shards, tokens: int | None = None, floor: float = 0.0) -> Firings:
@@ -143,5 +142,9 @@ def collect(sae: MatryoshkaSAE, shards: Shards, tokens: int | None = None, floor
                 counts.append(codes.row.bincount(minlength=codes.rows).numpy())
                 bar.update(len(x))
     offsets = np.concatenate([[0], np.concatenate(counts).cumsum()])
-    matrix = csr_array((np.concatenate(values), np.concatenate(latents), offsets), shape=(rows, sae.d_sae))
+    indices = np.concatenate(latents)
+    latents.clear()  # of 10M tokens a GB and more
+    data = np.concatenate(values)
+    values.clear()
+    matrix = csr_array((data, indices, offsets), shape=(rows, sae.d_sae))
     return Firings(matrix, parts).strong(floor)

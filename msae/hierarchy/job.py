@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from msae.hierarchy.examples import Examples, Text, feature_labels, fires_on, hi
 from msae.hierarchy.extract import FILE, THIS, Hierarchy, check_fits, extract, load, save, weights_hash
 from msae.hierarchy.firings import Array, Firings, collect
 from msae.hierarchy.limits import TESTS, Limits
-from msae.hierarchy.page import PageData, write_page
+from msae.hierarchy.page import Context, PageData, write_page
 from msae.interop import load as load_sae
+from msae.progress import progress
 from msae.sae import MatryoshkaSAE
 
 NEAREST, PROMOTED = 8, 10  # shown of each latent
@@ -223,56 +225,56 @@ def report(cfg: DictConfig) -> None:
     else:
         found, firings = find(inputs, cfg)
         print_funnel(found)
-    examples, labels = labels_of(inputs, firings, found, vocabulary)
-    text = examples.text
     page = inputs.out / "report.html"
+    with progress(inputs.sae.d_sae, "page", unit="latents") as bar:
+        write_page(page_data(inputs, found, firings, vocabulary, bar.update), page)
+    say(f"page: {page} ({page.stat().st_size / 1e6:.1f} MB); open it in a browser, no server is needed")
+
+
+def page_data(
+    inputs: Inputs, found: Hierarchy, firings: Firings, vocabulary: list[str] | None, on_latent: Callable[[], object]
+) -> PageData:
+    """Everything that the page shows; the contexts of a latent are made when they are asked for."""
+    examples, labels = labels_of(inputs, firings, found, vocabulary)
+
+    def contexts(latent: int) -> Sequence[Context]:
+        on_latent()
+        return examples.contexts(latent)
+
+    text, limits, edges = examples.text, found.about["limits"], found.edges
     promoted = unembedded(inputs) if isinstance(text, Text) and vocabulary is not None else None
     nearest, cosines = neighbours(inputs.sae)
-    limits = found.about["limits"]
+    names = (found.about.get("model"), found.about.get("hook_name"), f"{inputs.sae.d_sae:,} latents")
     stages = [stage for stage in found.funnels[THIS] if stage != "pairs"]
-    write_page(
-        PageData(
-            title=" · ".join(
-                str(part)
-                for part in (found.about.get("model"), found.about.get("hook_name"), f"{inputs.sae.d_sae:,} latents")
-                if part
-            ),
-            facts=facts(found, inputs, vocabulary),
-            verdict=found.verdict(),
-            funnel_columns=list(found.funnels),
-            funnel=[(TESTS[s].name, [funnel[s] for funnel in found.funnels.values()]) for s in stages],
-            prefixes=found.prefixes,
-            level=found.level + 1,
-            rate=found.rate,
-            largest=found.largest,
-            label=labels,
-            parent=found.parent,
-            tests=[
-                (
-                    key,
-                    test.name,
-                    f"{test.says} (survives with {test.line.format(**limits)})" if test.line else test.says,
-                )
-                for key, test in TESTS.items()
-            ],
-            figures=found.edges.figures,
-            passed=found.edges.passed,
-            edge_parent=found.edges.parent,
-            edge_child=found.edges.child,
-            survives=found.edges.survives,
-            nearest=nearest,
-            nearest_cos=cosines,
-            histogram=histogram(firings, np.maximum(found.largest, 1e-30)),
-            vocabulary=text.vocabulary if text is not None else [],
-            contexts=examples.contexts,
-            fires_on=fires_on(firings, text) if isinstance(text, Text) else {},
-            promoted=promoted[0] if promoted else None,
-            suppressed=promoted[1] if promoted else None,
-            joined=text.joined if text is not None else True,
-        ),
-        page,
+    lines = {key: test.line.format(**limits) for key, test in TESTS.items()}
+    return PageData(
+        title=" · ".join(str(name) for name in names if name),
+        facts=facts(found, inputs, vocabulary),
+        verdict=found.verdict(),
+        funnel_columns=list(found.funnels),
+        funnel=[(TESTS[s].name, [funnel[s] for funnel in found.funnels.values()]) for s in stages],
+        prefixes=found.prefixes,
+        level=found.level + 1,
+        rate=found.rate,
+        largest=found.largest,
+        label=labels,
+        parent=found.parent,
+        tests=[(k, t.name, f"{t.says} (survives with {lines[k]})" if t.line else t.says) for k, t in TESTS.items()],
+        figures=edges.figures,
+        passed=edges.passed,
+        edge_parent=edges.parent,
+        edge_child=edges.child,
+        survives=edges.survives,
+        nearest=nearest,
+        nearest_cos=cosines,
+        histogram=histogram(firings, np.maximum(found.largest, 1e-30)),
+        vocabulary=text.vocabulary if text is not None else [],
+        contexts=contexts,
+        fires_on=fires_on(firings, text) if isinstance(text, Text) else {},
+        promoted=promoted[0] if promoted else None,
+        suppressed=promoted[1] if promoted else None,
+        joined=text.joined if text is not None else True,
     )
-    say(f"page: {page} ({page.stat().st_size / 1e6:.1f} MB); open it in a browser, no server is needed")
 
 
 def facts(found: Hierarchy, inputs: Inputs, vocabulary: list[str] | None) -> dict[str, str]:
