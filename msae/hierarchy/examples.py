@@ -12,6 +12,7 @@ from msae.data.shards import Shards
 from msae.evaluation.matching import match
 from msae.hierarchy.firings import Array, Firings
 from msae.hierarchy.page import Context
+from msae.progress import progress
 from msae.sae import MatryoshkaSAE
 
 TOP, HOLES = 6, 3  # contexts of a latent
@@ -164,16 +165,22 @@ class Examples:
         d_sae = self.columns.shape[1]
         if not isinstance(self.text, Text):
             return [""] * d_sae
-        labels = []
-        for latent in range(d_sae):
-            own = self.column(latent)
-            best = np.argsort(-own.values, kind="stable")[:LABEL_FROM]
-            weight: Counter[str] = Counter()
-            for row, value in zip(own.rows[best].tolist(), own.values[best].tolist(), strict=True):
-                word = self.text.vocabulary[self.text.token[row]]
-                weight[word.strip() or repr(word)[1:-1]] += value
-            labels.append(", ".join(word for word, _ in weight.most_common(3)))
+        with progress(d_sae, "labels", unit="latents") as bar:
+            labels = []
+            for latent in range(d_sae):
+                labels.append(self.label(latent, self.text))
+                bar.update()
         return labels
+
+    def label(self, latent: int, text: Text) -> str:
+        """The tokens of the latent's strongest firings, those with the largest sum of activations first."""
+        own = self.column(latent)
+        best = np.argsort(-own.values, kind="stable")[:LABEL_FROM]
+        weight: Counter[str] = Counter()
+        for row, value in zip(own.rows[best].tolist(), own.values[best].tolist(), strict=True):
+            word = text.vocabulary[text.token[row]]
+            weight[word.strip() or repr(word)[1:-1]] += value
+        return ", ".join(word for word, _ in weight.most_common(3))
 
 
 def feature_labels(sae: MatryoshkaSAE, features: Any) -> list[str]:

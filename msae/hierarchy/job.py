@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from msae.hierarchy.examples import Examples, Text, feature_labels, fires_on, hi
 from msae.hierarchy.extract import FILE, THIS, Hierarchy, check_fits, extract, load, save, weights_hash
 from msae.hierarchy.firings import Array, Firings, collect
 from msae.hierarchy.limits import TESTS, Limits
-from msae.hierarchy.page import Context, PageData, write_page
+from msae.hierarchy.page import PageData, write_page
 from msae.interop import load as load_sae
 from msae.progress import progress
 from msae.sae import MatryoshkaSAE
@@ -226,21 +225,15 @@ def report(cfg: DictConfig) -> None:
         found, firings = find(inputs, cfg)
         print_funnel(found)
     page = inputs.out / "report.html"
+    data = page_data(inputs, found, firings, vocabulary)
     with progress(inputs.sae.d_sae, "page", unit="latents") as bar:
-        write_page(page_data(inputs, found, firings, vocabulary, bar.update), page)
+        write_page(data, page, bar.update)
     say(f"page: {page} ({page.stat().st_size / 1e6:.1f} MB); open it in a browser, no server is needed")
 
 
-def page_data(
-    inputs: Inputs, found: Hierarchy, firings: Firings, vocabulary: list[str] | None, on_latent: Callable[[], object]
-) -> PageData:
+def page_data(inputs: Inputs, found: Hierarchy, firings: Firings, vocabulary: list[str] | None) -> PageData:
     """Everything that the page shows; the contexts of a latent are made when they are asked for."""
     examples, labels = labels_of(inputs, firings, found, vocabulary)
-
-    def contexts(latent: int) -> Sequence[Context]:
-        on_latent()
-        return examples.contexts(latent)
-
     text, limits, edges = examples.text, found.about["limits"], found.edges
     promoted = unembedded(inputs) if isinstance(text, Text) and vocabulary is not None else None
     nearest, cosines = neighbours(inputs.sae)
@@ -269,7 +262,7 @@ def page_data(
         nearest_cos=cosines,
         histogram=histogram(firings, np.maximum(found.largest, 1e-30)),
         vocabulary=text.vocabulary if text is not None else [],
-        contexts=contexts,
+        contexts=examples.contexts,
         fires_on=fires_on(firings, text) if isinstance(text, Text) else {},
         promoted=promoted[0] if promoted else None,
         suppressed=promoted[1] if promoted else None,

@@ -92,8 +92,11 @@ class PageData:
     joined: bool = True
 
 
-def write_page(data: PageData, path: Path) -> None:
-    """Write `data` as one HTML file that asks for nothing else; raises ValueError where lengths or indices disagree."""
+def write_page(data: PageData, path: Path, on_latents: Callable[[int], object] = lambda n: None) -> None:
+    """Write `data` as one HTML file that asks for nothing else; raises ValueError where lengths or indices disagree.
+
+    `on_latents` is told how many more latents are written.
+    """
     check(data)
     style = (TEMPLATE / "style.css").read_text(encoding="utf-8")
     # One function around all files: they see each other's names, and may wait for what is unpacked.
@@ -120,6 +123,7 @@ def write_page(data: PageData, path: Path) -> None:
             file.write(element("vocabulary", list(data.vocabulary)))
             for block, latents in enumerate(details(data)):
                 file.write(element(f"block-{block}", latents))
+                on_latents(len(latents))
             file.write(element("fires-on", fires_on(data)))
             file.write(fill(after, parts))
         os.replace(partial, path)
