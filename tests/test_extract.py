@@ -428,6 +428,10 @@ BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
     "a funnel in a list": change(f"funnels.{THIS}", [1]),
     "no truth": change("truth", None),
     "no about": change("about", None),
+    "no tokens": change("about.tokens", 0),
+    "tokens in words": change("about.tokens", "many"),
+    "no limits": change("about.limits", None),
+    "a limit that is none": change("about.limits.msc", 0.7),
 }
 
 

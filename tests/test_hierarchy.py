@@ -433,6 +433,20 @@ def test_a_hierarchy_of_other_shards_is_refused(call, arms):
     assert f"{file} is not a hierarchy of this msae" in refused(call, report, f"run={arms}/matryoshka")
 
 
+def test_a_page_is_of_the_limits_that_were_asked_for(call, arms):
+    """A hierarchy that was made before is used, and said to be; with other limits it is refused."""
+    run = f"run={arms}/matryoshka"
+    code, *said = call(hierarchy, run, "tokens=1000", "limits.mcs=0.7", "out=here")
+    assert code == 0
+    assert f"python -m msae.report {run} out=here" in str(said)
+    assert "was made with other limits" in refused(call, report, run, "limits.mcs=0.5", "out=here")
+    assert not Path("here/report.html").exists()
+    for limits in ([], ["limits.mcs=0.7"]):
+        code, *said = call(report, run, *limits, "out=here")
+        assert code == 0
+        assert "hierarchy.json, made before" in str(said)
+
+
 # Mistakes --------------------------------------------------------------------------------------------------------
 
 

@@ -178,9 +178,8 @@ def sum_up(sae: MatryoshkaSAE, shards: Shards, firings: Firings, pairs: Pairs, l
                 latent, a = torch.from_numpy(matrix.indices[span]).long(), torch.from_numpy(matrix.data[span])
                 row = torch.arange(len(x)).repeat_interleave(offsets.diff())
                 x = x - b_dec
-                left = x - embedding_bag(
-                    latent, directions, offsets[:-1] - offsets[0], mode="sum", per_sample_weights=a
-                )
+                first_of = offsets[:-1] - offsets[0]
+                left = x - embedding_bag(latent, directions, first_of, mode="sum", per_sample_weights=a)
                 d = directions[latent]
                 explains = 2 * a * (x[row] * d).sum(1) - a.square()
                 harm = 2 * a * (left[row] * d).sum(1) + a.square()

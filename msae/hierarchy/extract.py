@@ -218,6 +218,9 @@ def load(path: Path) -> Hierarchy:
         )
         level, rate, largest = (np.array(latents[key]) for key in ("level", "rate", "largest"))
         funnels, truth, about = content["funnels"], content["truth"], content["about"]
+        Limits(**about["limits"])  # is relied on, as are these
+        if not (type(about["tokens"]) is int and about["tokens"] > 0):
+            raise ValueError(f"about.tokens is {about['tokens']!r}")
     except FileNotFoundError:
         raise ValueError(f"there is no {path}; run python -m msae.hierarchy first") from None
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:

@@ -120,7 +120,8 @@ def hierarchy(cfg: DictConfig) -> None:
     print_funnel(found)
     summarise(found, inputs.sae, labels, inputs.out / "hierarchy")
     say(f"hierarchy: {inputs.out / 'hierarchy' / FILE}\ncharts:    tensorboard --logdir {inputs.out}")
-    say(f"page:      python -m msae.report run={cfg.run}")
+    given = [f"{key}={cfg[key]}" for key in ("run", "shards", "language_model", "out") if cfg[key] is not None]
+    say(f"page:      python -m msae.report {' '.join(given)}")
 
 
 def find(inputs: Inputs, cfg: DictConfig) -> tuple[Hierarchy, Firings]:
@@ -219,8 +220,11 @@ def report(cfg: DictConfig) -> None:
         there = (found.prefixes, found.about.get("weights"), found.about.get("identity_hash"))
         if there != (list(inputs.sae.prefixes), weights_hash(inputs.sae), inputs.shards.manifest["identity_hash"]):
             raise ValueError(f"{file} is of another SAE or of other shards; run python -m msae.hierarchy run={cfg.run}")
-        tokens, floor = found.about.get("tokens"), found.about["limits"]["floor"]
-        firings = collect(inputs.sae, inputs.shards, tokens, floor)
+        limits = found.about["limits"]
+        if cfg.limits and Limits(**cfg.limits) != Limits(**limits):
+            raise ValueError(f"{file} was made with other limits; run python -m msae.hierarchy with these first")
+        say(f"hierarchy: {file}, made before; python -m msae.hierarchy makes it anew")
+        firings = collect(inputs.sae, inputs.shards, found.about["tokens"], limits["floor"])
     else:
         found, firings = find(inputs, cfg)
         print_funnel(found)
@@ -273,11 +277,7 @@ def page_data(inputs: Inputs, found: Hierarchy, firings: Firings, vocabulary: li
 def facts(found: Hierarchy, inputs: Inputs, vocabulary: list[str] | None) -> dict[str, str]:
     """What the start page says of what was measured on what."""
     alive = int((found.rate > 0).sum())
-    words = (
-        {}
-        if vocabulary is not None or inputs.shards.truth is not None
-        else {"tokens shown as": "numbers: no model was given"}
-    )
+    named = vocabulary is not None or inputs.shards.truth is not None
     model = found.about.get("model")
     return {
         **({"model": str(model)} if model else {}),
@@ -288,7 +288,7 @@ def facts(found: Hierarchy, inputs: Inputs, vocabulary: list[str] | None) -> dic
         "shards": str(found.about["shards"]),
         "pairs looked at": f"{found.edges.looked_at:,}",
         **{name.replace("_", " "): f"{value:.3f}" for name, value in found.truth.items()},
-        **words,
+        **({} if named else {"tokens shown as": "numbers: no model was given"}),
     }
 
 
