@@ -2,56 +2,50 @@
 
     python benchmarks/generator.py [--peers-python ../peers/bin/python] [--rounds 5] [--threads 2]
 
-`msae …` makes rows as a harvest does, `draw` the active features alone. With --peers-python (see benchmarks/step.py)
-SAELens's generator of the same 16,384 features at d_in 768 takes turns with them, without orthogonalisation, which is
-no part of a row, in batches of 1024 as its trainer asks for, dense (its default), which is faster than its sparse form
-on a CPU. Each is a process of its own that waits while another computes. Medians over the rounds, and the median of the
-rounds' ratios; cores: CPU seconds a second; L0: active features a row. No accelerator is used.
+Each row of the table makes rows as a harvest does, `draw` only the active features. With --peers-python (see
+benchmarks/step.py) SAELens's generator of the same 16,384 features at d_in 768 takes turns with them: without
+orthogonalisation, which is no part of a row, in batches of 1024 as its trainer asks for, and dense (its default), which
+is faster than its sparse form on a CPU. Each is a process of its own that waits while another computes. Printed are
+medians over the rounds, and the median of the rounds' ratios; cores: CPU seconds a second; L0: active features a row.
+No accelerator is used.
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
+from turns import serve, take_turns
 
-CONF = Path(__file__).parents[1] / "conf"
 OURS = ("tree", "tree, draw", "16k", "16k, draw", "16k correlated", "16k correlated, draw")
 PEERS = ("saelens 16k", "saelens 16k correlated")
-SECONDS = 3.0  # of a turn, at least
 
 
 def msae_rows(name: str) -> tuple[Callable[[], int], float]:
-    """What makes rows and returns how many, and the rows' L0."""
-    from omegaconf import OmegaConf
+    """The function that makes rows and returns how many, and the rows' L0."""
+    from msae.cli.command import compose, plain
+    from msae.settings import build
+    from msae.sources.forest import BLOCK
 
-    from msae.data.synthetic import BLOCK, ForestSource
+    is_large = name.startswith("16k")
+    blocks = 1 if is_large else 16
+    overrides = [f"data.source.rows={blocks * BLOCK}", f"data.source.chunk_rows={blocks * BLOCK}"]
+    overrides += ["data.source.val_rows=1", *(["+experiment=forest_16k"] if is_large else [])]
+    if "correlated" not in name:
+        overrides.append("data.source.correlation_rank=0")
+    source = build(plain(compose("train", overrides))["data"]["source"], "data.source")
+    generator = torch.Generator().manual_seed(0)
 
-    options: dict[str, Any] = {}
-    if name.startswith("16k"):
-        options = OmegaConf.to_container(OmegaConf.load(CONF / "experiment/forest_16k.yaml"))["data"]["source"]
-        if "correlated" not in name:
-            options["correlation_rank"] = 0
-    source = ForestSource(**options)
-    generator, rows = torch.Generator().manual_seed(0), BLOCK if name.startswith("16k") else 16 * BLOCK
-    l0 = len(source.draw(BLOCK, generator)[0]) / BLOCK
-    if name.endswith("draw"):
-        return lambda: len([source.draw_csr(BLOCK, generator) for _ in range(rows // BLOCK)]) * BLOCK, l0
-    options = {**options, "rows": rows, "chunk_rows": rows, "val_rows": 1}
-    source = ForestSource(**options)
+    def draw() -> int:
+        return len([source.draw(BLOCK, generator) for _ in range(blocks)]) * BLOCK
 
-    def run() -> int:
-        chunk = next(source.chunks(None))
-        return sum(len(split.activations["synthetic"]) for split in chunk.splits.values())
+    def make() -> int:
+        return sum(len(split.activations["synthetic"]) for split in next(source.chunks(None)).splits.values())
 
-    return run, l0
+    l0 = len(source.draw(BLOCK, generator)[1]) / BLOCK
+    return draw if name.endswith("draw") else make, l0
 
 
 def saelens_rows(name: str) -> tuple[Callable[[], int], float]:
@@ -80,82 +74,50 @@ def saelens_rows(name: str) -> tuple[Callable[[], int], float]:
     return lambda: len(model.sample(1024)), float((model.activation_generator.sample(1024) > 0).sum(1).float().mean())
 
 
-def serve(name: str, threads: int) -> None:
-    """Answer each line on stdin with a turn, in JSON on what was stdout; packages print to stderr."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+def prepare(name: str, threads: int) -> tuple[float, Callable[[float], dict[str, float]]]:
+    """The L0 of a generator, and its turns of at least so many seconds."""
     torch.set_num_threads(threads)
     run, l0 = (saelens_rows if name in PEERS else msae_rows)(name)
     run()
-    print(json.dumps(l0), file=answers)
-    for _ in sys.stdin:
+
+    def answer(least: float) -> dict[str, float]:
         rows, begun, cpu = 0, time.perf_counter(), time.process_time()
-        while time.perf_counter() < begun + SECONDS:
+        while time.perf_counter() < begun + least:
             rows += run()
         seconds = time.perf_counter() - begun
-        print(json.dumps({"rate": rows / seconds, "cores": (time.process_time() - cpu) / seconds}), file=answers)
+        return {"rate": rows / seconds, "cores": (time.process_time() - cpu) / seconds}
+
+    return l0, answer
 
 
-class Worker:
-    """A process that makes rows of one kind when asked."""
-
-    def __init__(self, name: str, python: str, threads: int) -> None:
-        command = [python, __file__, "--worker", name, "--threads", str(threads)]
-        self.name = name
-        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.l0: float = self.answer()
-
-    def answer(self) -> Any:
-        """The next line it says. Raises RuntimeError if it ended."""
-        line = self.process.stdout.readline()  # type: ignore[union-attr]
-        if not line:
-            raise RuntimeError(f"{self.name} failed, see above")
-        return json.loads(line)
-
-    def ask(self) -> dict[str, float]:
-        """A turn."""
-        print(file=self.process.stdin, flush=True)
-        return self.answer()
-
-
-def compare(arguments: argparse.Namespace) -> None:
+def compare(a: argparse.Namespace) -> None:
     """Let all take turns, then print the table."""
     pythons = dict.fromkeys(OURS, sys.executable)
-    if arguments.peers_python:
-        pythons |= dict.fromkeys(PEERS, arguments.peers_python)
-    workers: dict[str, Worker] = {}
-    try:
-        for name, python in pythons.items():
-            workers[name] = Worker(name, python, arguments.threads)
-        turns = [{name: worker.ask() for name, worker in workers.items()} for _ in range(arguments.rounds)]
-    finally:
-        for worker in workers.values():
-            worker.process.kill()
-    print(f"{arguments.threads} threads, torch {torch.__version__}; medians of {arguments.rounds} rounds")
+    if a.peers_python:
+        pythons |= dict.fromkeys(PEERS, a.peers_python)
+    l0, turns = take_turns(pythons, a.seconds, a.rounds)
+    print(f"{a.threads} threads, torch {torch.__version__}; medians of {a.rounds} rounds")
     print(f"{'':24}{'rows/s':>12}{'cores':>8}{'L0':>8}{'× saelens':>12}")
-    for name in workers:
-        rate, cores = (statistics.median(turn[name][key] for turn in turns) for key in ("rate", "cores"))
-        peer = f"saelens {name.removesuffix(', draw')}"
-        ratio = ""
-        if peer in workers and not name.endswith("draw"):
-            ratio = f"{statistics.median(turn[name]['rate'] / turn[peer]['rate'] for turn in turns):.1f}"
-        print(f"{name:24}{rate:12,.0f}{cores:8.2f}{workers[name].l0:8.2f}{ratio:>12}")
+    for name, of in turns.items():
+        rate, cores = (statistics.median(turn[key] for turn in of) for key in ("rate", "cores"))
+        theirs = turns.get(f"saelens {name}", [])
+        ratios = [own["rate"] / their["rate"] for own, their in zip(of, theirs, strict=bool(theirs))]
+        ratio = f"{statistics.median(ratios):.1f}" if ratios else ""
+        print(f"{name:24}{rate:12,.0f}{cores:8.2f}{l0[name]:8.2f}{ratio:>12}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers-python", help="the interpreter of benchmarks/peers/requirements.txt")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn, at least")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        serve(arguments.worker, arguments.threads)
+    a = parser.parse_args()
+    if a.worker:
+        serve(lambda: prepare(a.worker, a.threads))
     else:
-        try:
-            compare(arguments)
-        except RuntimeError as error:
-            sys.exit(str(error))
+        compare(a)
 
 
 if __name__ == "__main__":

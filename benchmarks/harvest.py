@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from msae.data.bridge import capture, load_bridge
 from msae.data.harvest import harvest
-from msae.data.language_model import LanguageModelSource
 from msae.data.shards import Shards
 from msae.evaluation.reconstruction import reconstruction_metrics
-from msae.sae import load_sae
+from msae.runs import open_run
+from msae.sources.bridge import capture, load_bridge
+from msae.sources.language_model import LanguageModelSource
 from msae.training.memory import keep_freed_memory
 
 SAE = {  # what is trained by --fvu
@@ -36,7 +36,7 @@ SAE = {  # what is trained by --fvu
     "model.d_sae": 1024,
     "model.k": 32,
     "model.lr": 1e-3,
-    "model.warmup_steps": 20,
+    "model.schedule.warmup_steps": 20,
 }
 
 
@@ -87,28 +87,35 @@ def sequences(shards: Shards) -> list[torch.Tensor]:
     return [shards.index(split, i)["tokens"] for split in ("train", "val") for i in range(len(shards.rows(split)))]
 
 
-def measure(arguments: argparse.Namespace, root: Path, context: int, model_batch: int) -> None:
+def settings(a: argparse.Namespace, dtype: str, context: int, model_batch: int) -> dict[str, Any]:
+    """The source's settings for one harvest."""
+    sizes = {"tokens": a.tokens, "chunk_tokens": a.chunk_tokens, "context": context, "model_batch": model_batch}
+    return {"model": a.model, "text": a.text, "hook_names": [a.hook], "dtype": dtype, "device": "cpu", **sizes}
+
+
+def measure(a: argparse.Namespace, root: Path, context: int, model_batch: int) -> None:
     """Print the table of one context and model_batch."""
-    hook = f"blocks.{arguments.layer}.hook_resid_pre"
 
     def timed_harvest(dtype: str, directory: Path) -> tuple[float, Shards]:
-        source = LanguageModelSource(**settings(arguments, hook, dtype, context, model_batch))
-        source.identity(hook)
-        source.d_in(hook)  # from here on the files are hashed and the model is loaded
+        source = LanguageModelSource(**settings(a, dtype, context, model_batch))
+        source.identity(a.hook)
+        source.width(a.hook)  # from here on the files are hashed and the model is loaded
         start = time.perf_counter()
-        shards = harvest(source, directory, show=False)[hook]
+        shards = harvest(source, directory, show=False)[a.hook]
         return time.perf_counter() - start, shards
 
-    bridge = load_bridge(arguments.model, device="cpu")
-    opened = {d: timed_harvest(d, root / f"{context}-{model_batch}")[1] for d in arguments.dtypes}
-    batches = [b for tokens in sequences(next(iter(opened.values()))) for b in tokens.split(model_batch)]
-    computed = sum(batch.numel() for batch in batches)
-    forwards: dict[str, Callable[[torch.Tensor], object]] = {"bare forward": lambda b: capture(bridge, b, [hook])}
+    bridge = load_bridge(a.model, device="cpu")
+    opened = {dtype: timed_harvest(dtype, root / f"{context}-{model_batch}")[1] for dtype in a.dtypes}
+    shards = opened[a.dtypes[0]]
+    sequences = [shards.index(split, i)["tokens"] for split in shards.entries for i in range(len(shards.rows(split)))]
+    batches = [batch for tokens in sequences for batch in tokens.split(model_batch)]
+    computed, rows = sum(map(torch.numel, batches)), sum(sum(shards.rows(split)) for split in shards.entries)
+    forwards: dict[str, Callable[[torch.Tensor], object]] = {"bare forward": lambda b: capture(bridge, b, [a.hook])}
     for attention in ("eager", "sdpa"):
-        forwards[f"transformers {attention}"] = transformers_forward(arguments.model, arguments.layer, attention)
+        forwards[f"transformers {attention}"] = transformers_forward(a.model, a.layer, attention)
 
     seconds: dict[str, list[float]] = {name: [] for name in [*forwards, *opened]}
-    for _ in range(arguments.rounds):
+    for _ in range(a.rounds):
         for name, forward in forwards.items():
             start = time.perf_counter()
             with torch.no_grad():
@@ -119,65 +126,45 @@ def measure(arguments: argparse.Namespace, root: Path, context: int, model_batch
             with tempfile.TemporaryDirectory(dir=root) as directory:
                 seconds[dtype].append(timed_harvest(dtype, Path(directory))[0])
 
-    rows = sum(sum(next(iter(opened.values())).rows(split)) for split in ("train", "val"))
     print(
-        f"context {context}, model_batch {model_batch}, {hook}, {torch.get_num_threads()} threads: "
-        f"{rows:,} rows of {computed:,} tokens computed ({rows / computed:.2%})"
+        f"context {context}, model_batch {model_batch}, {a.hook}, {torch.get_num_threads()} threads: "
+        f"{rows:,} rows of {computed:,} tokens computed ({rows / computed:.2%})\n"
+        f"{'':>20}  tokens/s  ratio  bytes/row"
     )
-    print(f"{'':>20}  tokens/s  ratio  bytes/row")
     for name, times in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds["bare forward"], times, strict=True))
-        line = f"{name:>20}  {computed / statistics.median(times):8,.0f}  {ratio:5.3f}"
-        if name in opened:
-            line += f"  {sum(e['bytes'] for e in opened[name].manifest['shards']) / rows:9.1f}"
-        print(line)
+        ratio = statistics.median(bare / other for bare, other in zip(seconds["bare forward"], times, strict=True))
+        size = f"  {sum(e.bytes for e in opened[name].manifest.shards) / rows:9.1f}" if name in opened else ""
+        print(f"{name:>20}  {computed / statistics.median(times):8,.0f}  {ratio:5.3f}{size}")
 
 
-def settings(arguments: argparse.Namespace, hook: str, dtype: str, context: int, model_batch: int) -> dict[str, Any]:
-    return {
-        "model": str(arguments.model),
-        "text": str(arguments.text),
-        "hook_names": [hook],
-        "tokens": arguments.tokens,
-        "chunk_tokens": arguments.chunk_tokens,
-        "context": context,
-        "model_batch": model_batch,
-        "dtype": dtype,
-        "device": "cpu",
-    }
-
-
-def effect_on_fvu(arguments: argparse.Namespace, root: Path) -> None:
+def effect_on_fvu(a: argparse.Namespace, root: Path) -> None:
     """Train the same SAE on the same rows in each storage dtype and measure each on the float32 rows held out."""
-    hook = f"blocks.{arguments.layer}.hook_resid_pre"
-    opened: dict[str, Shards] = {}
-    for dtype in dict.fromkeys(["float32", *arguments.dtypes]):
-        given = settings(arguments, hook, dtype, arguments.context[0], arguments.model_batch[0])
-        opened[dtype] = harvest(LanguageModelSource(**given), root / "shards", show=False)[hook]
+    sources = {d: settings(a, d, a.context[0], a.model_batch[0]) for d in dict.fromkeys(["float32", *a.dtypes])}
+    opened = {d: harvest(LanguageModelSource(**s), root / "shards", show=False)[a.hook] for d, s in sources.items()}
     exact = opened["float32"]
     held_out = [exact.activations("val", i) for i in range(len(exact.rows("val")))]
-    variance = exact.mean_square - float(exact.mean.square().sum())
-    print(f"{hook}, {sum(exact.rows('train')):,} training rows, FVU of {sum(map(len, held_out)):,} held-out ones")
-    print(f"{'':>9}  storage E‖x−x̂‖²/Var  FVU with seed {'  '.join(map(str, range(arguments.seeds)))}")
+    rows, variance = sum(exact.rows("train")), exact.mean_square - float(exact.mean.square().sum())
+    print(
+        f"{a.hook}, {rows:,} training rows, FVU of {sum(map(len, held_out)):,} held-out ones\n"
+        f"{'':>9}  storage E‖x−x̂‖²/Var  FVU with seed {'  '.join(map(str, range(a.seeds)))}"
+    )
     for dtype, shards in opened.items():
-        error = sum(
-            float((shards.activations("train", i).double() - exact.activations("train", i).double()).square().sum())
-            for i in range(len(exact.rows("train")))
+        pairs = (
+            [of.activations("train", i).double() for of in (shards, exact)] for i in range(len(exact.rows("train")))
         )
-        found = []
-        for seed in range(arguments.seeds):
+        error = sum(float((stored - x).square().sum()) for stored, x in pairs) / rows / variance
+        fvus = []
+        for seed in range(a.seeds):
             run = root / f"{dtype}-{seed}"
-            given = settings(arguments, hook, dtype, arguments.context[0], arguments.model_batch[0])
-            command = [sys.executable, "-m", "msae.train", "data=language_model", f"run_dir={run}", f"seed={seed}"]
-            command += [f"++data.source.{key}={value}" for key, value in given.items()]
-            command += [f"{key}={value}" for key, value in {"data.root": root / "shards", **SAE}.items()]
+            keys = {f"++data.source.{key}": value for key, value in sources[dtype].items()}
+            keys |= {"data.root": root / "shards", "run_dir": run, "seed": seed, **SAE}
+            overrides = [f"{key}={value}" for key, value in keys.items()]
+            command = [sys.executable, "-m", "msae.train", "data=language_model", *overrides]
             subprocess.run(command, check=True, capture_output=True)
-            sae = load_sae(run / "sae")
-            fvu = reconstruction_metrics(sae, (b for x in held_out for b in x.split(4096)))
-            found.append(fvu[f"fvu/p{sae.d_sae}"])
-        print(
-            f"{dtype:>9}  {error / sum(exact.rows('train')) / variance:21.3e}  {'  '.join(f'{f:.5f}' for f in found)}"
-        )
+            sae = open_run(run).load_sae()
+            metrics = reconstruction_metrics(sae, (batch for x in held_out for batch in x.split(4096)))
+            fvus.append(f"{metrics[f'fvu/p{sae.d_sae}']:.5f}")
+        print(f"{dtype:>9}  {error:21.3e}  {'  '.join(fvus)}")
 
 
 def main() -> None:
@@ -193,18 +180,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--fvu", action="store_true", help="measure what storage dtypes cost instead of speed")
     parser.add_argument("--seeds", type=int, default=2, help="trainings for each dtype with --fvu")
-    arguments = parser.parse_args()
+    a = parser.parse_args()
+    a.hook = f"blocks.{a.layer}.hook_resid_pre"
     keep_freed_memory()  # as training does; the forward pass gains most
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        if arguments.model is None or arguments.text is None:
-            arguments.model, arguments.text = map(str, random_model(root))
-        if arguments.fvu:
-            effect_on_fvu(arguments, root)
-            return
-        for context in arguments.context:
-            for model_batch in arguments.model_batch:
-                measure(arguments, root, context, model_batch)
+        if a.model is None or a.text is None:
+            a.model, a.text = map(str, random_model(root))
+        if a.fvu:
+            return effect_on_fvu(a, root)
+        for context in a.context:
+            for model_batch in a.model_batch:
+                measure(a, root, context, model_batch)
 
 
 if __name__ == "__main__":

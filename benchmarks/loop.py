@@ -11,126 +11,111 @@ share of a step added. Printed are medians of --rounds rounds and of their ratio
 """
 
 import argparse
-import copy
 import os
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from machine import cpu_model
 from reader import CHUNK, Made
-from step import cpu_model
 
-from msae.config import compose
+from msae.cli.command import compose, plain
+from msae.data.activations import Activations
 from msae.data.datamodule import ActivationData
-from msae.data.source import Chunk, Split
-from msae.sae import DictionaryAdam, choose_kernels, encode_for_training, matryoshka_loss
+from msae.runs import Run
+from msae.settings import changed, decode
 from msae.training.job import build_module, build_trainer, quiet_lightning
 from msae.training.memory import keep_freed_memory
 from msae.training.module import MatryoshkaTraining
+from msae.training.settings import Train
+from msae.training.step import Moment, Step
 
 VAL_ROWS = 65_536
-
-
-class Noise(Made):
-    """Rows of noise, the first of which are held out too."""
-
-    def chunks(self, state: dict[str, Any] | None) -> Iterator[Chunk]:
-        for number, chunk in enumerate(super().chunks(state)):
-            if number == 0:
-                chunk.splits["val"] = Split({"hook": chunk.splits["train"].activations["hook"][:VAL_ROWS]})
-            yield chunk
 
 
 class Rounds(L.Callback):
     """Stops the clock of the run after every `steps` steps, and takes as many bare ones."""
 
-    def __init__(self, steps: int, directory: Path) -> None:
-        self.steps, self.directory, self.begun = steps, directory, 0.0
+    def __init__(self, steps: int, checkpoint: Path) -> None:
+        self.steps, self.checkpoint, self.begun = steps, checkpoint, 0.0
         self.loop: list[float] = []
         self.bare: list[float] = []
-        self.checkpoint = 0.0
+        self.checkpoint_seconds = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.steps:
             return
-        seconds = (time.perf_counter() - self.begun) / self.steps
+        loop = (time.perf_counter() - self.begun) / self.steps
         assert isinstance(module, MatryoshkaTraining)
-        step = bare_step(module, batch.to(torch.float32))
-        step()
-        begun = time.perf_counter()
-        for _ in range(self.steps):
-            step()
+        bare = seconds_of_bare_steps(module.step(), batch.to(torch.float32), self.steps)
         if batch_idx > self.steps:  # the first round warms up
-            self.loop.append(seconds)
-            self.bare.append((time.perf_counter() - begun) / self.steps)
-        del step
+            self.loop.append(loop)
+            self.bare.append(bare)
         self.begun = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.checkpoint = timed(lambda: trainer.save_checkpoint(self.directory / "timed.ckpt"))
+        self.checkpoint_seconds = seconds(lambda: trainer.save_checkpoint(self.checkpoint))
 
 
-def bare_step(module: MatryoshkaTraining, x: torch.Tensor) -> Any:
-    """A step of a copy of the module's SAE as it is now, on its own and on these rows; weights stay where they are."""
-    sae = copy.deepcopy(module.sae)
-    kernels = choose_kernels(module.kernels, sae, x)
-    optimizer = DictionaryAdam(sae, 0.0, module.betas, module.grad_clip, module.decoder, kernels)
+def seconds_of_bare_steps(of_run: Step, x: torch.Tensor, steps: int) -> float:
+    """Seconds a step of a copy of the run's SAE as it is now, on its own and on these rows; its weights stay."""
+    step, moment = Step(of_run.recipe, of_run.sae.d_in), Moment(0, total=10**6)
+    step.load_state_dict(of_run.state_dict())
+    optimizer = step.prepare(moment.total)
+    optimizer.param_groups[0]["lr"] = 0.0
 
-    def step() -> None:
-        optimizer.zero_grad()
-        code = encode_for_training(sae, x, kernels)
-        loss = matryoshka_loss(sae, x, module.objective, dead=sae.dead(module.dead_after_tokens), code=code)
-        loss.total.backward()
-        sae.update_threshold(code.values.detach(), module.threshold_rate)
-        sae.update_fired(code.fired(), len(x))
-        optimizer.step()
+    def take(n: int) -> None:
+        for _ in range(n):
+            optimizer.zero_grad()
+            step.loss(x, x, moment).loss.total.backward()
+            optimizer.step()
+            step.after_update()
 
-    return step
+    take(1)
+    return seconds(lambda: take(steps)) / steps
 
 
-def timed(what: Any) -> float:
+def seconds(call: Callable[[], Any]) -> float:
     """Seconds that a call takes."""
     begun = time.perf_counter()
-    what()
+    call()
     return time.perf_counter() - begun
 
 
-def measure(arguments: argparse.Namespace, directory: Path) -> None:
+def measure(a: argparse.Namespace, directory: Path) -> None:
     """One run, then the table."""
-    a = arguments
-    steps = (a.rounds + 2) * a.steps
-    rows = max(CHUNK, min(steps * a.batch, a.rows))
-    root, sizes = directory / "shards", [f"model.d_sae={a.d_sae}", f"model.k={a.k}"]
-    given = [*sizes, f"model.prefixes={a.prefixes}"] if a.prefixes else sizes
-    cfg = compose("train", ["+experiment=gpt2_l8", *given, f"tokens={steps * a.batch}"])
-    validate_every, cfg.trainer.val_check_interval = cfg.trainer.val_check_interval, None
-    data = ActivationData(Noise(rows, a.d_in), root=str(root), batch_tokens=a.batch)
-    module = build_module(cfg, data)
-    run = directory / "run"
-    trainer = build_trainer(cfg, data, module, run)
-    rounds = Rounds(a.steps, run)
+    tokens = (a.rounds + 2) * a.steps * a.batch
+    rows = min(tokens, a.rows)
+    settings = {"model.d_sae": a.d_sae, "model.k": a.k, "data.batch_tokens": a.batch, "tokens": tokens}
+    settings |= {"data.root": directory / "shards", **({"model.prefixes": a.prefixes} if a.prefixes else {})}
+    config = plain(compose("train", ["+experiment=gpt2_l8", *(f"{key}={value}" for key, value in settings.items())]))
+    validate_every, config["trainer"]["val_check_interval"] = config["trainer"]["val_check_interval"], None
+    train, run = decode(Train, config), Run(directory / "run")
+    noise = Made(rows, a.d_in, chunk=min(rows, CHUNK), val_rows=min(rows, VAL_ROWS))
+    activations = Activations(changed(train.data, source=noise))
+    data, module = ActivationData(activations), build_module({"": train.model}, activations)
+    trainer = build_trainer(train, activations, module, run)
+    rounds = Rounds(a.steps, directory / "timed.ckpt")
     trainer.callbacks.append(rounds)  # type: ignore[attr-defined]
     trainer.fit(module, datamodule=data)
-    checkpoint, validation = rounds.checkpoint, timed(lambda: trainer.validate(module, datamodule=data, verbose=False))
-    kernels = choose_kernels(module.kernels, module.sae, torch.empty(a.batch, a.d_in))
-    loop, bare = statistics.median(rounds.loop), statistics.median(rounds.bare)
+    validation = seconds(lambda: trainer.validate(module, datamodule=data, verbose=False))
+    checkpoint, loop, bare = rounds.checkpoint_seconds, rounds.loop, rounds.bare
+    rare = checkpoint / train.checkpoint_every_steps + validation / validate_every
+    share, whole = (statistics.median(b / (o + more) for b, o in zip(bare, loop, strict=True)) for more in (0, rare))
+    milliseconds = statistics.median(loop) * 1e3
     print(
         f"{cpu_model()}, {os.cpu_count()} cores; batch {a.batch}, d_in {a.d_in}, d_sae {a.d_sae}, k {a.k}, kernels "
-        f"{kernels}; {len(rounds.loop)} × {a.steps} steps"
+        f"{module.step().kernels}; {len(loop)} × {a.steps} steps\n"
+        f"{'bare step':44}{statistics.median(bare) * 1e3:9.2f} ms\n"
+        f"{'step of the run':44}{milliseconds:9.2f} ms   {share:.1%} of the bare step's rate\n"
+        f"{f'checkpoint {checkpoint:.2f} s, validation {validation:.2f} s':44}{rare * 1e3:9.2f} ms a step\n"
+        f"{'all together':44}{milliseconds + rare * 1e3:9.2f} ms   {whole:.1%} of the bare step's rate"
     )
-    rare = checkpoint / cfg.checkpoint_every_steps + validation / validate_every
-    share = statistics.median(b / o for b, o in zip(rounds.bare, rounds.loop, strict=True))
-    whole = statistics.median(b / (o + rare) for b, o in zip(rounds.bare, rounds.loop, strict=True))
-    print(f"{'bare step':44}{bare * 1e3:9.2f} ms")
-    print(f"{'step of the run':44}{loop * 1e3:9.2f} ms   {share:.1%} of the bare step's rate")
-    print(f"{f'checkpoint {checkpoint:.2f} s, validation {validation:.2f} s':44}{rare * 1e3:9.2f} ms a step")
-    print(f"{'all together':44}{(loop + rare) * 1e3:9.2f} ms   {whole:.1%} of the bare step's rate")
 
 
 def main() -> None:
@@ -143,12 +128,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_048_576, help="at most, on disk")
     parser.add_argument("--steps", type=int, default=50, help="of a round")
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    a = parser.parse_args()
     keep_freed_memory()
     quiet_lightning()
     with tempfile.TemporaryDirectory() as directory:
-        measure(arguments, Path(directory))
+        measure(a, Path(directory))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

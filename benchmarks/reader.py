@@ -14,39 +14,48 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from machine import resident
 from torch import Tensor
 
-from msae.data.batches import RowOrder, TrainBatches
+from msae.data.batches import TrainBatches
 from msae.data.harvest import harvest
-from msae.data.seeds import stream
-from msae.data.shards import Shards, quantise
-from msae.data.source import Chunk, Split
+from msae.data.order import ShardOrder
+from msae.data.shards import Shards
+from msae.seeds import stream
+from msae.sources.int8 import quantise
+from msae.sources.source import Chunk, Split
 from msae.training.memory import keep_freed_memory
 
 CHUNK = 262_144  # tokens, the default of a harvest
 COLUMNS = ["document", "position", "by document", "by position"]  # of the rows that tell how well they are shuffled
+Ways = dict[str, Callable[[], Iterable[Tensor]]]
 
 
+@dataclass
 class Made:
     """Chunks of `chunk` rows of noise, or, where d_in is 0, rows that say which document and position they are of.
 
     Their columns are the document, the position in a sequence of 128, and two values with a mean of 0 and a variance
     of 1: one that all rows of a document share, one that all rows of a position share. `shuffled`: within a chunk, as
-    a harvest writes rows.
+    a harvest writes rows. The first `val_rows` rows are held out too.
     """
 
-    name, budget_key, hook_names = "made", "rows", ("hook",)
+    rows: int
+    d_in: int
+    dtype: torch.dtype = torch.bfloat16
+    shuffled: bool = True
+    chunk: int = CHUNK
+    val_rows: int = 0
 
-    def __init__(
-        self, rows: int, d_in: int, dtype: torch.dtype = torch.bfloat16, shuffled: bool = True, chunk: int = CHUNK
-    ) -> None:
-        self.rows, self.width, self.dtype, self.shuffled, self.chunk = rows, d_in, dtype, shuffled, chunk
+    name, budget_key, hook_names = "made", "rows", ("hook",)
 
     def identity(self, hook_name: str) -> dict[str, Any]:
         return {name: str(value) for name, value in vars(self).items()}
@@ -55,52 +64,59 @@ class Made:
         return {}
 
     def expected_rows(self) -> int:
-        return self.rows
+        return self.rows + self.val_rows
 
-    def d_in(self, hook_name: str) -> int:
-        return self.width or len(COLUMNS)
+    def most_rows(self) -> tuple[int, int]:
+        return self.chunk, self.val_rows
+
+    def width(self, hook_name: str) -> int:
+        return self.d_in or len(COLUMNS)
 
     def bytes_per_row(self, hook_name: str) -> int:
-        return self.d_in(hook_name) * self.dtype.itemsize + 4
+        return self.width(hook_name) * self.dtype.itemsize + 4
 
     def truth(self) -> None:
         return None
 
+    def chunks(self, state: dict[str, Any] | None) -> Iterator[Chunk]:
+        rows = torch.randn(self.chunk, self.d_in, generator=stream(0, "noise"))
+        rows, scales = quantise(rows) if self.dtype == torch.int8 else (rows.to(self.dtype), None)
+        for number in range(self.rows // self.chunk):
+            if self.d_in == 0:
+                rows = self.documents(number)
+            splits = {"train": Split({"hook": rows}, scales={} if scales is None else {"hook": scales})}
+            if self.val_rows and number == 0:
+                splits["val"] = Split({"hook": rows[: self.val_rows]})
+            yield Chunk(splits, {})
+
     def documents(self, number: int) -> Tensor:
         """Rows of one chunk of documents of 50 to 2000 tokens, most of them short."""
         generator = stream(0, "documents", number)
-        lengths = (50 * 40 ** torch.rand(CHUNK // 50, generator=generator)).long()
-        document = torch.arange(len(lengths)).repeat_interleave(lengths)[:CHUNK]
-        position = torch.arange(CHUNK) % 128
-        effect = torch.randn(len(lengths), generator=generator)
+        lengths = (50 * 40 ** torch.rand(self.chunk // 50, generator=generator)).long()
+        document = torch.arange(len(lengths)).repeat_interleave(lengths)[: self.chunk]
+        position = torch.arange(self.chunk) % 128
+        by_document = torch.randn(len(lengths), generator=generator)
         by_position = torch.linspace(-1, 1, 128) * 3**0.5
-        columns = [number * CHUNK // 50 + document, position, effect[document], by_position[position]]
+        columns = [number * self.chunk // 50 + document, position, by_document[document], by_position[position]]
         rows = torch.stack([column.float() for column in columns], dim=1)
-        return rows[torch.randperm(CHUNK, generator=generator)] if self.shuffled else rows
-
-    def chunks(self, state: dict[str, Any] | None) -> Iterator[Chunk]:
-        noise = torch.randn(self.chunk, self.width, generator=stream(0, "noise"))
-        q, scales = quantise(noise) if self.dtype == torch.int8 else (noise.to(self.dtype), None)
-        for number in range(self.rows // self.chunk):
-            if self.width == 0:
-                q = self.documents(number)
-            yield Chunk({"train": Split({"hook": q}, scales={} if scales is None else {"hook": scales})}, {})
+        return rows[torch.randperm(self.chunk, generator=generator)] if self.shuffled else rows
 
 
-def make(root: Path, *given: Any) -> Shards:
-    return harvest(Made(*given), root, show=False)["hook"]
+def make(root: Path, *sizes: Any) -> Shards:
+    return harvest(Made(*sizes), root, show=False)["hook"]
 
 
 def files(shards: Shards) -> list[Path]:
     return sorted(shards.directory.glob("*.safetensors"))
 
 
-def warm(shards: Shards) -> None:
+def warm(shards: Shards) -> Shards:
     """Read every file once, so that all of it is in the page cache."""
     for path in files(shards):
         with open(path, "rb", buffering=0) as file:
             while file.read(1 << 24):
                 pass
+    return shards
 
 
 def evict(shards: Shards) -> None:
@@ -117,16 +133,15 @@ def reader(shards: Shards, batch: int, threads: int = 2, order: str | None = Non
     batches = TrainBatches(shards, batch, sum(sizes) // batch, 0, threads=threads)
     if order is not None:
         block, pool = map(int, order.split("x"))
-        batches.order = RowOrder(sizes, 0, block, pool)
+        batches.order = ShardOrder(sizes, 0, block, pool)
     return batches
 
 
 def in_file_order(shards: Shards, batch: int) -> Iterator[Tensor]:
     """A plain memory map, block after block."""
-    for shard, rows in enumerate(shards.rows("train")):
-        mapped = shards.activations("train", shard)
-        for start in range(0, rows, batch):
-            yield mapped[start : start + batch].clone()
+    for shard in range(len(shards.rows("train"))):
+        for block in shards.activations("train", shard).split(batch):
+            yield block.clone()
 
 
 def perfectly_shuffled(shards: Shards, batch: int) -> Iterator[Tensor]:
@@ -147,44 +162,35 @@ def perfectly_shuffled(shards: Shards, batch: int) -> Iterator[Tensor]:
 
 
 def rows_per_second(batches: Iterable[Tensor]) -> float:
-    start, rows = time.perf_counter(), 0
-    for batch in batches:
-        rows += len(batch)
+    start = time.perf_counter()
+    rows = sum(len(batch) for batch in batches)
     return rows / (time.perf_counter() - start)
 
 
 def throughput(shards: Shards, many: Shards, small: Shards, batch: int, threads: list[int], rounds: int) -> None:
-    ways: dict[str, Callable[[], Iterable[Tensor]]] = {
-        "memory map in file order": lambda: in_file_order(shards, batch),
-        "one permutation of all rows": lambda: perfectly_shuffled(shards, batch),
+    ways: Ways = {
+        "memory map in file order": partial(in_file_order, shards, batch),
+        "one permutation of all rows": partial(perfectly_shuffled, shards, batch),
     }
-    for kind, some in {"": shards, f", {len(many.rows('train'))} shards": many, ", int8": small}.items():
+    for kind, of in {"": shards, f", {len(many.rows('train'))} shards": many, ", int8": small}.items():
         for n in threads:
-            ways[f"ours, {n} threads{kind}"] = lambda n=n, some=some: reader(some, batch, n)  # type: ignore[misc]
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            found[name].append(rows_per_second(way()))
+            ways[f"ours, {n} threads{kind}"] = partial(reader, of, batch, n)
+    rates = [{name: rows_per_second(way()) / 1e6 for name, way in ways.items()} for _ in range(rounds)]
     print(f"\n{'':32}million rows/s from page cache (least … most)")
-    for name, values in found.items():
-        middle, low, high = (f(values) / 1e6 for f in (statistics.median, min, max))
+    for name in ways:
+        middle, low, high = (f(rate[name] for rate in rates) for f in (statistics.median, min, max))
         print(f"{name:32}{middle:5.2f} ({low:.2f} … {high:.2f})")
 
 
-def memory(kind: str) -> float:
-    """MB of this process's memory, RssAnon or RssFile."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
-    return int(line.split()[1]) * 1024 / 1e6
-
-
 def peak_memory(shards: Shards, batch: int) -> None:
-    """The most memory of one epoch above that of the start, in MB; run in a process of its own."""
-    before = {kind: memory(kind) for kind in ("RssAnon", "RssFile")}
+    """Print the most memory of one epoch above that of the start, in MB; run in a process of its own."""
+    kinds = ("RssAnon", "RssFile")
+    before = {kind: resident(kind) for kind in kinds}
     peak = dict(before)
     for _ in reader(shards, batch):
-        peak = {kind: max(value, memory(kind)) for kind, value in peak.items()}
-    size = sum(path.stat().st_size for path in files(shards)) / 1e6
-    print(f"{size:10,.0f} {peak['RssAnon'] - before['RssAnon']:10,.0f} {peak['RssFile'] - before['RssFile']:10,.0f}")
+        peak = {kind: max(peak[kind], resident(kind)) for kind in kinds}
+    sizes = [sum(path.stat().st_size for path in files(shards)), *(peak[kind] - before[kind] for kind in kinds)]
+    print(" ".join(f"{size / 1e6:10,.0f}" for size in sizes))
 
 
 # --- cold reads ----------------------------------------------------------------------------------------------------
@@ -202,23 +208,24 @@ def seconds_cold(directory: Path, batch: int, sleep: float, ask: bool) -> tuple[
     return times[1] - times[0], time.perf_counter() - times[1], len(times) - 1
 
 
-def cold(shards: Shards, batch: int, rounds: int) -> None:
+def cold(directory: Path, batch: int, rounds: int) -> None:
     """How much of the time that a disk takes is hidden behind a consumer that takes as long, or twice as long."""
     print(
         "\nfrom disk, after the first batch    read alone   consumer alone   both   of the reading hidden   first batch"
     )
-    ways = {(ask, times): [] for ask in (False, True) for times in (1, 2)}  # type: ignore[var-annotated]
+    figures: dict[tuple[bool, int], list[list[float]]] = {(ask, n): [] for ask in (False, True) for n in (1, 2)}
     for _ in range(rounds):
-        for (ask, times), found in ways.items():
-            _, alone, count = seconds_cold(shards.directory, batch, 0, ask)
+        for (ask, times_as_long), of in figures.items():
+            _, alone, count = seconds_cold(directory, batch, 0, ask)
+            sleep = times_as_long * alone / count
             start = time.perf_counter()
             for _ in range(count):
-                time.sleep(times * alone / count)
+                time.sleep(sleep)
             consumer = time.perf_counter() - start
-            first, both, _ = seconds_cold(shards.directory, batch, times * alone / count, ask)
-            found.append([alone, consumer, both, (alone + consumer - both) / alone, first])
-    for (ask, _), found in ways.items():
-        alone, consumer, both, hidden, first = torch.tensor(found).median(0).values.tolist()
+            first, both, _ = seconds_cold(directory, batch, sleep, ask)
+            of.append([alone, consumer, both, (alone + consumer - both) / alone, first])
+    for (ask, _), of in figures.items():
+        alone, consumer, both, hidden, first = torch.tensor(of).median(0).values.tolist()
         name = "a pool asked for at once" if ask else "one block at a time"
         print(f"{name:32}{alone:12.2f} s{consumer:15.2f} s{both:7.2f} s{hidden:18.0%}{first:18.2f} s")
 
@@ -239,31 +246,28 @@ def correlation(values: Tensor) -> float:
 
 
 def quality(shuffled: Shards, text: Shards, batch: int, orders: list[str]) -> None:
-    ways: dict[str, Callable[[], Iterable[Tensor]]] = {
-        "text order": lambda: in_file_order(text, batch),
-        "file order": lambda: in_file_order(shuffled, batch),
+    ways: Ways = {
+        "text order": partial(in_file_order, text, batch),
+        "file order": partial(in_file_order, shuffled, batch),
+        **{f"ours {order}": partial(reader, shuffled, batch, order=order) for order in orders},
+        "ours": partial(reader, shuffled, batch),
+        "perfect": partial(perfectly_shuffled, shuffled, batch),
     }
-    for order in orders:
-        ways[f"ours {order}"] = lambda order=order: reader(shuffled, batch, order=order)  # type: ignore[misc]
-    ways["ours"] = lambda: reader(shuffled, batch)
-    ways["perfect"] = lambda: perfectly_shuffled(shuffled, batch)
     rows = torch.cat([shuffled.activations("train", i) for i in range(len(shuffled.rows("train")))])
     mean, std = rows.double().mean(0), rows.double().std(0)
     print(
         f"\npairs of rows of one batch of {batch}, of {len(rows):,} rows: how many of a million are of one document or"
+        "\nposition; correlation · 10⁶ (and the variance of a batch's mean by it: 1 if rows were independent)"
+        f"\n{'':14}{'same document':>14}{'same position':>14}{'by document':>24}{'by position':>24}"
     )
-    print("position; correlation · 10⁶ (and the variance of a batch's mean by it: 1 if rows were independent)")
-    print(f"{'':14}{'same document':>14}{'same position':>14}{'by document':>24}{'by position':>24}")
     for name, way in ways.items():
         figures = []
         for x in way():
             z = (x.double() - mean) / std
             figures.append([same_pairs(x[:, 0]), same_pairs(x[:, 1]), correlation(z[:, 2]), correlation(z[:, 3])])
-        document, position, by_document, by_position = torch.tensor(figures).mean(0).tolist()
-        print(f"{name:14}{document * 1e6:14.1f}{position * 1e6:14.1f}", end="")
-        for rho in (by_document, by_position):
-            print(f"{rho * 1e6:15.1f} ({1 + (batch - 1) * rho:6.3f})", end="")
-        print()
+        document, position, *correlations = (torch.tensor(figures).mean(0) * 1e6).tolist()
+        variances = "".join(f"{rho:15.1f} ({1 + (batch - 1) * rho / 1e6:6.3f})" for rho in correlations)
+        print(f"{name:14}{document:14.1f}{position:14.1f}{variances}")
 
 
 def main() -> None:
@@ -276,39 +280,33 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--orders", nargs="*", default=["256x64"], help="other block and pool sizes to compare")
     parser.add_argument("--directory", help="where the temporary directory is made")
-    parser.add_argument("--only", nargs="+", choices=["speed", "memory", "cold", "quality"])
+    parts = ["speed", "memory", "cold", "quality"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--memory", help="measure the memory that an epoch of these shards takes, in this process")
-    given = parser.parse_args()
-    wanted = given.only or ["speed", "memory", "cold", "quality"]
+    a = parser.parse_args()
     keep_freed_memory()  # as training does
-    if given.memory:
-        return peak_memory(Shards(given.memory), given.batch)
-    print(f"{os.cpu_count()} CPUs, batches of {given.batch} × {given.d_in}")
-    with tempfile.TemporaryDirectory(dir=given.directory) as temporary:
+    if a.memory:
+        return peak_memory(Shards(a.memory), a.batch)
+    print(f"{os.cpu_count()} CPUs, batches of {a.batch} × {a.d_in}")
+    with tempfile.TemporaryDirectory(dir=a.directory) as temporary:
         root = Path(temporary)
-        if {"speed", "memory", "cold"} & set(wanted):
-            shards = make(root, given.rows, given.d_in)
-            warm(shards)
-        if "speed" in wanted:
-            many = make(root, given.rows // 4, given.d_in, torch.bfloat16, True, given.batch // 4)
-            small = make(root, given.rows, given.d_in, torch.int8)
-            warm(many)
-            warm(small)
-            throughput(shards, many, small, given.batch, given.threads, given.rounds)
-        if "memory" in wanted:
+        if "speed" in a.only:
+            shards = warm(make(root, a.rows, a.d_in))
+            many = warm(make(root, a.rows // 4, a.d_in, torch.bfloat16, True, a.batch // 4))
+            small = warm(make(root, a.rows, a.d_in, torch.int8))
+            throughput(shards, many, small, a.batch, a.threads, a.rounds)
+            del shards, many, small  # what is mapped is not evicted
+        if "memory" in a.only:
             print("\nMB of data    private     mapped (the most of an epoch, above the start)", flush=True)
-            for rows in (given.rows // 4, given.rows):
-                directory = make(root, rows, given.d_in).directory
-                command = [sys.executable, __file__, "--batch", str(given.batch), "--memory", str(directory)]
+            for rows in (a.rows // 4, a.rows):
+                directory = make(root, rows, a.d_in).directory
+                command = [sys.executable, __file__, "--batch", str(a.batch), "--memory", str(directory)]
                 subprocess.run(command, check=True)
-        if "cold" in wanted:
-            directory = shards.directory
-            del shards  # what is mapped is not evicted
-            cold(Shards(directory), given.batch, 3)
-        if "quality" in wanted:
-            shuffled = make(root, given.text_rows, 0, torch.float32)
-            text = make(root, given.text_rows, 0, torch.float32, False)
-            quality(shuffled, text, given.batch, given.orders)
+        if "cold" in a.only:
+            cold(make(root, a.rows, a.d_in).directory, a.batch, 3)
+        if "quality" in a.only:
+            shuffled, text = (make(root, a.text_rows, 0, torch.float32, is_shuffled) for is_shuffled in (True, False))
+            quality(shuffled, text, a.batch, a.orders)
 
 
 if __name__ == "__main__":

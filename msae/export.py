@@ -1,17 +1,18 @@
 """python -m msae.export sae=<run> to=<format> out=<directory>: an SAE in the form of another library, or on the Hub."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from msae.config import command
-from msae.interop import dictionary_learning, load, saelens, sparsify
-from msae.sae import MatryoshkaSAE, save_sae
-from msae.schema import ExportConfig
+from msae.cli.command import command
+from msae.interop import dictionary_learning, saelens, sparsify
+from msae.runs import open_run
+from msae.sae import MatryoshkaSAE, save_sae, truncate
+from msae.settings import Count, settings
 
+HUB = "hub:"
 # How each format is written, and opened.
 FORMATS: dict[str, tuple[Callable[[MatryoshkaSAE, Path], Path], str]] = {
     "saelens": (save_sae, 'from sae_lens import SAE; sae = SAE.load_from_disk("{}")'),
@@ -25,58 +26,88 @@ FORMATS: dict[str, tuple[Callable[[MatryoshkaSAE, Path], Path], str]] = {
     ),
     "sparsify": (sparsify.save, 'from sparsify import SparseCoder; sae = SparseCoder.load_from_disk("{}")'),
 }
-HUB = "hub:"
 
 
-@command("export", ExportConfig)
-def main(cfg: DictConfig) -> None:
-    if cfg.out is None and cfg.push is None:
-        raise ValueError("nothing to write: give out=<directory> or push=user/repo")
-    if cfg.out is None and cfg.to != "saelens":
-        raise ValueError(f"to={cfg.to} needs out=<directory>; the Hub's layout is that of SAELens")
-    if cfg.own_threshold and cfg.prefix is None:
-        raise ValueError("own_threshold=true is for the first latents alone; give prefix=<m> too")
-    if cfg.out is not None and Path(cfg.out).exists() and (not Path(cfg.out).is_dir() or any(Path(cfg.out).iterdir())):
-        raise ValueError(f"out={cfg.out} is not an empty directory; give another, or remove it first")
-    sae = read(cfg.sae, cfg.revision)
-    if cfg.prefix is not None:
-        sae = sae.truncate(cfg.prefix, cfg.own_threshold)
-    what = f"d_in {sae.d_in}, d_sae {sae.d_sae}, prefixes {sae.prefixes}, {sae.sparsity}"
-    if cfg.out is not None:
-        write, opened_with = FORMATS[cfg.to]
-        directory = write(sae, Path(cfg.out))
-        print(f"{directory}: {', '.join(sorted(p.name for p in directory.iterdir()))} ({what})")
+@settings
+class Export:
+    """`python -m msae.export`."""
+
+    sae: str
+    """runs/<run>, a directory in any form that is read, or hub:user/repo/sae_id."""
+    revision: str | None = None
+    """Of hub:…"""
+    prefix: Count | None = None
+    """Only the first so many latents."""
+    own_threshold: bool = False
+    """With the threshold calibrated for them alone."""
+    to: Literal["saelens", "saelens_training", "dictionary_learning", "sparsify"] = "saelens"
+    """The form to write."""
+    out: str | None = None
+    """A new directory."""
+    push: str | None = None
+    """user/repo or user/repo/sae_id on the Hugging Face Hub."""
+    private: bool = False
+    """If the repo is made."""
+
+    def __post_init__(self) -> None:
+        if self.out is None and self.push is None:
+            raise ValueError("nothing to write: give out=<directory> or push=user/repo")
+        if self.out is None and self.to != "saelens":
+            raise ValueError(f"to={self.to} needs out=<directory>; the Hub's layout is that of SAELens")
+        if self.own_threshold and self.prefix is None:
+            raise ValueError("own_threshold=true is for the first latents alone; give prefix=<m> too")
+        if self.revision is not None and not self.is_on_hub:
+            raise ValueError(
+                f"revision={self.revision} is of the Hub, and sae={self.sae} is not; give sae={HUB}user/repo/sae_id"
+            )
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether `sae` is on the Hub."""
+        return self.sae.startswith(HUB)
+
+
+@command("export", Export)
+def main(export: Export, _: DictConfig) -> None:
+    out = None if export.out is None else Path(export.out)
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out={out} is not an empty directory; give another, or remove it first")
+    sae = read(export)
+    if export.prefix is not None:
+        sae = truncate(sae, export.prefix, export.own_threshold)
+    summary = f"d_in {sae.d_in}, d_sae {sae.d_sae}, prefixes {sae.prefixes}, {sae.sparsity.name}"
+    if out is not None:
+        write, opened_with = FORMATS[export.to]
+        directory = write(sae, out)
+        print(f"{directory}: {', '.join(sorted(p.name for p in directory.iterdir()))} ({summary})")
         print(f"open it: {opened_with.format(directory)}")
-    if cfg.push is not None:
-        push(sae, cfg, what)
+    if export.push is not None:
+        push(sae, export, summary)
 
 
-def read(sae: str, revision: str | None) -> MatryoshkaSAE:
-    """The SAE of a run, a directory, or `hub:user/repo/sae_id`. Raises ValueError in one line."""
-    if not sae.startswith(HUB):
-        if revision is not None:
-            raise ValueError(f"revision={revision} is of the Hub, and sae={sae} is not; give sae={HUB}user/repo/sae_id")
-        return load(sae)
+def read(export: Export) -> MatryoshkaSAE:
+    """Read the SAE of a run, a directory, or the Hub. Raises ValueError in one line."""
+    if not export.is_on_hub:
+        return open_run(export.sae).load_sae()
     from msae.interop import hub  # the others need no network
 
-    repo_id, sae_id = hub.split_reference(sae.removeprefix(HUB))
-    return hub.pull(repo_id, sae_id, revision)
+    repo_id, sae_id = hub.split_reference(export.sae.removeprefix(HUB))
+    return hub.pull(repo_id, sae_id, export.revision)
 
 
-def push(sae: MatryoshkaSAE, cfg: DictConfig, what: str) -> None:
-    """Upload to the Hub what belongs to the SAE: with the configuration and the figures of its run, if it has one."""
+def push(sae: MatryoshkaSAE, export: Export, summary: str) -> None:
+    """Upload the SAE to the Hub, with the configuration and the figures of its run, if it has one."""
     from msae.interop import hub
 
-    repo_id, sae_id = hub.split_reference(cfg.push)
-    sae_id = sae_id or str(sae.metadata.get("hook_name") or Path(cfg.sae).name)
-    source = Path(cfg.sae)
-    run = source.parent if source.name == "sae" else source
-    config, metrics = run / "config.yaml", run / "metrics.json"
-    runner_cfg: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True) if config.exists() else None
+    assert export.push is not None
+    repo_id, sae_id = hub.split_reference(export.push)
+    sae_id = sae_id or str(sae.metadata.get("hook_name") or Path(export.sae).name)
+    run = None if export.is_on_hub else open_run(export.sae)
+    config = run.config if run else {}
     # the run measured its prefixes with the threshold of all latents
-    figures = json.loads(metrics.read_text()) if metrics.exists() and not cfg.own_threshold else None
-    address = hub.push(sae, repo_id, sae_id, runner_cfg=runner_cfg, metrics=figures, private=cfg.private)
-    print(f"{address} ({what})")
+    metrics = run.outcome()[0] if run and not export.own_threshold else {}
+    address = hub.push(sae, repo_id, sae_id, runner_cfg=config or None, metrics=metrics, private=export.private)
+    print(f"{address} ({summary})")
     print(f'open it: from sae_lens import SAE; sae = SAE.from_pretrained("{repo_id}", "{sae_id}")')
 
 

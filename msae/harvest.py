@@ -1,27 +1,32 @@
 """python -m msae.harvest: the first half of the job alone, or `verify=<shard directory>` to check one fully."""
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from msae.config import command, find_source
+from msae.cli.command import command, plain
+from msae.data.activations import Data
 from msae.data.harvest import harvest
 from msae.data.shards import Shards
 from msae.progress import progress
-from msae.schema import HarvestConfig
+from msae.settings import decode, settings
+from msae.training.settings import Train
+
+OF_TRAINING = ("name", "tokens", "model", "trainer", "evaluation")  # may be incomplete
 
 
-@command("harvest", HarvestConfig, before=find_source)
-def main(cfg: DictConfig) -> None:
+@settings
+class Harvest(Train):
+    """`python -m msae.harvest`: the keys of training, so that an experiment serves both."""
+
+    verify: str | None = None
+    """A shard directory to check instead of harvesting."""
+
+
+@command("harvest", Harvest, may_lack=OF_TRAINING)
+def main(_: Harvest | None, cfg: DictConfig) -> None:
     if cfg.verify is not None:
-        shards = Shards(cfg.verify)
-        files = [*shards.manifest["shards"], *filter(None, [shards.manifest["truth"]])]
-        with progress(sum(entry["bytes"] for entry in files), "verify", unit="B") as bar:
-            shards.verify(bar.update)
-        print(f"{shards.directory}: {len(shards.manifest['shards'])} shards, every checksum right")
+        verify(Shards(cfg.verify))
         return
-    from msae.data.datamodule import ActivationData  # imports Lightning, which takes seconds
-
-    data: ActivationData = instantiate(cfg.data)
+    data = decode(Data, plain(cfg)["data"], "data")
     if data.rolling_gb is not None:
         raise ValueError(
             f"data.rolling_gb={data.rolling_gb:g} harvests while training reads: run python -m msae.train, "
@@ -32,6 +37,13 @@ def main(cfg: DictConfig) -> None:
         print(
             f"{hook}: {rows['train']:,} training rows, {rows['val']:,} held out, d_in {shards.d_in}: {shards.directory}"
         )
+
+
+def verify(shards: Shards) -> None:
+    """Compare every checksum, with a bar."""
+    with progress(sum(entry.bytes for entry in shards.files().values()), "verify", unit="B") as bar:
+        shards.verify(bar.update)
+    print(f"{shards.directory}: {len(shards.manifest.shards)} shards, every checksum right")
 
 
 if __name__ == "__main__":

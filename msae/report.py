@@ -2,15 +2,15 @@
 
 from omegaconf import DictConfig
 
-from msae.config import command
-from msae.schema import HierarchyConfig
+from msae.cli.command import command
+from msae.explorer.inputs import Explore
 
 
-@command("report", HierarchyConfig)
-def main(cfg: DictConfig) -> None:
-    from msae.hierarchy import job  # its imports take seconds; a mistyped key is said before
+@command("report", Explore)
+def main(explore: Explore, _: DictConfig) -> None:
+    from msae.explorer import job  # its imports take seconds; a mistyped key is reported before
 
-    job.report(cfg)
+    job.write_report(explore)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,26 @@
 
 from omegaconf import DictConfig
 
-from msae.config import command, find_source
-from msae.schema import TrainConfig
+from msae.cli.arms import describe_arms, recipes_of
+from msae.cli.command import command, job_directory, plain
+from msae.cli.result import print_arms, print_metrics
+from msae.training.settings import Train
 
 
-@command("train", TrainConfig, before=find_source)
-def main(cfg: DictConfig) -> None:
-    from msae.training import job  # Lightning takes seconds to import; a model that is not there is said before
+@command("train", Train)
+def main(train: Train, cfg: DictConfig) -> None:
+    arms = describe_arms(train)
+    recipes = recipes_of(train, arms, cfg.model)
+    train.data.identify()
+    from msae.training import job  # Lightning takes seconds to import; a mistake is said before
 
-    job.run(cfg)
+    run, metrics, failed = job.train(train, arms, recipes, plain(cfg), job_directory())
+    if arms and metrics:
+        print_arms(run, metrics)
+    elif metrics:  # none in another rank
+        print_metrics(run, metrics[""])
+    if failed and job_directory() is None:  # a sweep counts them itself
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

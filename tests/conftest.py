@@ -1,7 +1,11 @@
-"""For every test: array shapes checked at run time, one torch thread, no warning that comes only once, no logs left."""
+"""For every test: array shapes checked at run time, one torch thread, no warning that comes only once, no logs left.
+
+And what the tests of commands share: an empty directory, running a command in this process, a tiny language model.
+"""
 
 import logging
 import os
+import sys
 
 import pytest
 import torch
@@ -22,3 +26,55 @@ def no_handler_is_left():
     yield
     for handler in [h for h in logging.root.handlers if type(h) is logging.StreamHandler]:
         logging.root.removeHandler(handler)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The test runs in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def call(elsewhere, monkeypatch, capsys):
+    """Runs a command in this process; returns exit code, standard output, standard error."""
+
+    def run(command, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [command.__name__, *arguments])
+        code = 0
+        try:
+            command.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+        captured = capsys.readouterr()
+        return code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory) -> list[str]:
+    """Overrides for the language-model experiment on a tiny model and text made here."""
+    from tests.commands import SHORT
+    from tests.tiny_lm import sentences, tiny_model
+
+    root = tmp_path_factory.mktemp("lm")
+    text = root / "text.txt"
+    text.write_text("\n".join(sentences(300)))
+    return [
+        "+experiment=gpt2_l8",
+        f"data.source.model={tiny_model(root / 'model')}",
+        f"data.source.text={text}",
+        "data.source.hook_names=[blocks.1.hook_resid_pre]",
+        "data.source.context=32",
+        "data.source.tokens=4000",
+        "data.source.chunk_tokens=1024",
+        "data.source.val_fraction=0.2",
+        "data.batch_tokens=128",
+        "model.d_sae=64",
+        "model.k=4",
+        "model.schedule.warmup_steps=5",
+        "evaluation.ce_sequences=4",
+        *SHORT,
+    ]

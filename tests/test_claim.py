@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 
 from msae import train
-from tests.test_cli import call, elsewhere
 
-__all__ = ["call", "elsewhere"]  # fixtures
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),

@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 
-from msae.sae.kernels import compiled, plain
+from msae.sae.fast import KERNELS, PLAIN, compiled
 
+COMPILED = KERNELS["compiled"]
 COMPARE = """
 import torch
-from msae.sae.kernels import compiled, plain
+from msae.sae.fast import KERNELS, PLAIN, compiled
 torch.manual_seed(0)
 assert compiled.library().msae_screen_bits() in {bits}, compiled.library().msae_screen_bits()
 for rows, d_in, d_sae, size in ((33, 20, 100, 1.0), (200, 129, 300, 1e4), (7, 3, 5, 1e-6), (64, 256, 1000, 1.0)):
@@ -19,15 +20,14 @@ for rows, d_in, d_sae, size in ((33, 20, 100, 1.0), (200, 129, 300, 1e4), (7, 3,
     h[0], h[1, 0] = 0, 1000 * size  # a row of zeros, and one with an outlier
     for bar in (0.0, 1.5 * size * d_in**0.5):
         bars = torch.full((d_sae,), bar) + 0.1 * size * torch.rand(d_sae)
-        flat, values = compiled.survivors(h, W, b, bars)
-        expected, wanted = plain.survivors(h, W, b, bars)
-        expected, order = expected.sort()
+        flat, values = KERNELS["compiled"].survivors(h, W, b, bars)
+        of_plain, _ = PLAIN.survivors(h, W, b, bars)
         pre = (h.double() @ W.double().T + b).flatten()
         near = (pre - bars.double().repeat(rows)).abs() < 1e-5 * size * d_in  # rounding decides
-        for found in (flat, expected):
-            sure = torch.zeros_like(near)
-            sure[found] = True
-            assert torch.equal(sure[~near], (pre > bars.repeat(rows))[~near])
+        for survivors in (flat, of_plain):
+            passes = torch.zeros_like(near)
+            passes[survivors] = True
+            assert torch.equal(passes[~near], (pre > bars.repeat(rows))[~near])
         assert (flat.diff() > 0).all()
         torch.testing.assert_close(values.double(), pre[flat], rtol=1e-5, atol=1e-5 * size * d_in)
 """
@@ -46,11 +46,11 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_the_integer_screen_finds_what_float32_finds(flags, bits, tmp_path) -> None:
     if flags and os.uname().machine != "x86_64":
         pytest.skip("flags of x86-64")
-    done = run(COMPARE.replace("{bits}", str(bits)), MSAE_CXXFLAGS=flags, XDG_CACHE_HOME=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert [line.split(" once")[0] for line in done.stderr.splitlines()] == ["kernels: compiling compiled.cpp"]
-    again = run("from msae.sae.kernels import compiled; assert compiled.library() is not None",
-                MSAE_CXXFLAGS=flags, XDG_CACHE_HOME=str(tmp_path))  # fmt: skip
+    environment = {"MSAE_CXXFLAGS": flags, "XDG_CACHE_HOME": str(tmp_path)}
+    first = run(COMPARE.replace("{bits}", str(bits)), **environment)
+    assert first.returncode == 0, first.stderr
+    assert [line.split(" once")[0] for line in first.stderr.splitlines()] == ["kernels: compiling compiled.cpp"]
+    again = run("from msae.sae.fast import compiled; assert compiled.library() is not None", **environment)
     assert (again.returncode, again.stderr) == (0, "")
 
 
@@ -62,32 +62,27 @@ def test_the_integer_screen_finds_what_float32_finds(flags, bits, tmp_path) -> N
 def test_without_a_compiler_or_cache_the_plain_ones_do_it(environment, tmp_path) -> None:
     code = """
 import torch
-from msae.sae import MatryoshkaSAE, choose_kernels
-from msae.sae import sparse
-from msae.sae.kernels import compiled, plain
+from msae.sae import MatryoshkaSAE, choose_kernels, fast
+from msae.sae.fast.code import sparse_encode
 sae, x = MatryoshkaSAE(64, 512, [512], 4), torch.randn(4096, 64)
-sparse.WORTH_COMPILING = 1
-assert choose_kernels("auto", sae, x) == "plain"
-a, b = (sparse.sparse_encode(sae, x, name) for name in ("plain", "compiled"))
+fast.WORTH_COMPILING = 1
+assert choose_kernels(sae) == "plain"
+a, b = (sparse_encode(sae, x, name) for name in ("plain", "compiled"))
 assert torch.equal(a.acts, b.acts) and torch.equal(a.latents, b.latents)
 """
-    done = run(code, **({"XDG_CACHE_HOME": str(tmp_path)} | environment))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("kernels: not compiled (")
-    assert len(done.stderr.splitlines()) <= 2
+    result = run(code, **({"XDG_CACHE_HOME": str(tmp_path)} | environment))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("kernels: not compiled (")
+    assert len(result.stderr.splitlines()) <= 2
 
 
 def test_no_pair_is_lost_that_exceeds_its_bar_by_a_hair() -> None:
     """Bars just below every pre-activation: the bound of the rounded products has to let each of them through."""
     generator = torch.Generator().manual_seed(0)
     h, W = torch.randn(60, 300, generator=generator), torch.randn(500, 300, generator=generator)
-    pre = h.double() @ W.double().T
-    for row in range(60):
-        bars = (pre[row] - 1e-3).float()
-        flat, _ = compiled.survivors(h[row : row + 1], W, torch.zeros(500), bars)
-        assert len(flat) == 500
-        flat, _ = compiled.survivors(h[row : row + 1], W, torch.zeros(500), (pre[row] + 1e-3).float())
-        assert len(flat) == 0
+    for row, pre in zip(h, h.double() @ W.double().T, strict=True):
+        for margin, count in ((-1e-3, 500), (1e-3, 0)):
+            assert len(COMPILED.survivors(row[None], W, torch.zeros(500), (pre + margin).float())[0]) == count
 
 
 @pytest.mark.parametrize("rounded", ["W", "h"])
@@ -100,22 +95,11 @@ def test_rounding_that_all_adds_up_loses_no_pair(rounded) -> None:
     inexact[0] = 1.0
     h, W = (exact, inexact) if rounded == "W" else (inexact, exact)
     bars = (exact @ inexact).repeat(40) - 0.5 * step  # all that is lost is 102 steps
-    flat, _ = compiled.survivors(h[None], W.repeat(40, 1), torch.zeros(40), bars)
+    flat, _ = COMPILED.survivors(h[None], W.repeat(40, 1), torch.zeros(40), bars)
     assert len(flat) == 40
-
-
-@pytest.mark.parametrize("use", [plain, compiled], ids=["plain", "compiled"])
-@pytest.mark.parametrize("where", ["h", "W", "b"])
-def test_what_is_not_a_number_survives(where, use) -> None:
-    given = {"h": torch.randn(30, 64), "W": torch.randn(100, 64), "b": torch.zeros(100)}
-    given[where][7] = torch.nan
-    flat, values = use.survivors(*given.values(), torch.full((100,), 1e9))
-    assert len(flat) == (100 if where == "h" else 30)
-    assert values.isnan().all()
-    assert (flat // 100 == 7 if where == "h" else flat % 100 == 7).all()
 
 
 def test_counting_is_sorting() -> None:
     latents = torch.randint(0, 40, (1000,), generator=torch.Generator().manual_seed(0))
-    for here, there in zip(compiled.by_latent(latents, 50), plain.by_latent(latents, 50), strict=True):
-        assert torch.equal(here, there)
+    for actual, expected in zip(COMPILED.by_latent(latents, 50), PLAIN.by_latent(latents, 50), strict=True):
+        assert torch.equal(actual, expected)

@@ -1,321 +1,198 @@
-"""Every mistake in a command line or a config file is one line that names the key; dummy targets."""
+"""Every mistake in a command line or a config file is one line that names the key; what a command line is besides."""
 
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
 
 import hydra
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from msae.config import command, compose, config_dir, run_directory
-from msae.schema import HarvestConfig, TrainConfig, check
+from msae import export, harvest, train
+from msae.cli.command import compose, config_dir
+from msae.hierarchy import __main__ as hierarchy
+from msae.runs import __main__ as runs
+from msae.settings import keys
+from msae.training.settings import Train
+from tests.commands import ENVIRONMENT, one_line
 
-REPOSITORY = Path(__file__).parent.parent
-
-
-@dataclass
-class Source:
-    text: str
-    rows: int = 4
-
-
-class Model:
-    def __init__(
-        self,
-        d_sae: int,
-        prefixes: list[int | float],
-        k: int | float = 4,
-        lr: float = 1e-3,
-        d_in: int | None = None,
-        nested: bool = True,
-    ) -> None:
-        if k == 13:
-            raise ValueError("k=13 is unlucky,\nexpected another")
-        if k == 14:
-            raise TypeError("a bug")
-
-
-class Data:
-    def __init__(
-        self,
-        source: Source,
-        exhausted: Literal["repeat", "stop"] = "repeat",
-        max_disk_gb: float | None = None,
-        limits: dict[str, int] | None = None,
-        root: Path = Path("shards"),
-        shape: tuple[int, int] = (1, 2),
-    ) -> None: ...
-
-
-class Trainer:
-    def __init__(self, max_steps: int = 1, **kwargs: Any) -> None: ...
-
-
-@command("train", TrainConfig)
-def main(cfg: DictConfig) -> None:
-    directory = run_directory(cfg.name, cfg.runs, cfg.run_dir, cfg.ckpt_path is not None)
-    hydra.utils.instantiate(cfg.model)
-    if cfg.seed == 99:
-        raise KeyboardInterrupt
-    if cfg.seed == 97:
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            sys.exit(1)  # what Lightning makes of it
-    if cfg.seed == 98:
-        (directory / "no" / "such").open()
-    print("finished in", directory)
-
-
-DATA = "_target_: tests.test_config.Data\nsource:\n  _target_: tests.test_config.Source\n  text: {text}"
-FILES = {
-    "model/matryoshka.yaml": "{_target_: tests.test_config.Model, d_sae: 8, prefixes: [2, 1.0]}",
-    "model/vanilla.yaml": "defaults: [matryoshka, _self_]\nprefixes: [1.0]",
-    "data/tree.yaml": DATA.format(text="a"),
-    "data/lm.yaml": DATA.format(text="'???'"),
-    "trainer/default.yaml": "_target_: tests.test_config.Trainer",
-    "experiment/gpt2_l8.yaml": "# @package _global_\ndefaults: [{override /data: lm}]\nname: gpt2_l8",
-    "experiment/typo.yaml": "# @package _global_\nmodel: {d_sea: 16}",
-    "experiment/broken.yaml": "# @package _global_\nmodel: {d_sae: ]",
-}
-
-
-@pytest.fixture
-def conf(tmp_path: Path) -> Path:
-    for name, text in FILES.items():
-        file = tmp_path / "conf" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    for name in ("train", "harvest"):
-        (tmp_path / "conf" / f"{name}.yaml").write_text((config_dir("conf") / f"{name}.yaml").read_text())
-    return tmp_path / "conf"
-
-
-Call = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def call(conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run `main` in this process as the interpreter would; the exit code and what stderr shows."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("MSAE_RUN_DIR", "")
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["train.py", "-cp", str(conf), *arguments])
-        try:
-            main()
-        except SystemExit as ex:
-            text = f"{ex.code}\n" if isinstance(ex.code, str) else ""
-            return (1 if text else int(ex.code or 0)), capsys.readouterr().err + text
-        return 0, capsys.readouterr().err
-
-    return run
-
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+CHOICES = "model.sparsity=batchtopk: expected batch_topk | topk | jumprelu | l1 | log"
 
 MISTAKES = {
+    # unknown keys and choices
     "model.prefixs=[1]": "unknown key model.prefixs; did you mean model.prefixes?",
     "model.kk=1": "unknown key model.kk; did you mean model.k?",
     "k=3": "unknown key k; did you mean model.k?",
     "prefixs=[1]": "unknown key prefixs; did you mean model.prefixes?",
     "+model.prefixs=[1]": "unknown key model.prefixs; did you mean model.prefixes?",
-    "data.source.txt=a": "unknown key data.source.txt; did you mean data.source.text?",
+    "data.source.ros=3": "unknown key data.source.ros; did you mean data.source.rows?",
     "evaluation.ce_sequence=3": "unknown key evaluation.ce_sequence; did you mean evaluation.ce_sequences?",
+    "model.objective.aux.coeficient=1": "did you mean model.objective.aux.coefficient?",
+    "model.warmup_shape=cosine": "did you mean model.schedule.warmup_shape?",
+    "model.sparsity={name: jumprelu, bandwidt: 1}": "did you mean model.sparsity.bandwidth?",
     "tokns=3": "unknown key tokns; did you mean tokens?",
     "+experimnt=gpt2_l8": "unknown key experimnt; did you mean +experiment?",
-    "model.zzzzzz=1": "unknown key model.zzzzzz; valid here: d_in, d_sae, k, lr, nested, prefixes",
-    "+experiment=typo": "unknown key model.d_sea; did you mean model.d_sae?",
+    "model.zzzzzz=1": "unknown key model.zzzzzz; valid here: adam, apply_b_dec_to_input, d_in, d_out, d_sae, ",
+    "trainer.anything=3": "unknown key trainer.anything; valid here: accelerator, ",
+    "trainer.callbacks=[{_target_: lightning.Trainer, dvices: 1}]": "did you mean trainer.callbacks.0.devices?",
+    "-cd=conf +experiment=typo": "unknown key model.d_sea; did you mean model.d_sae?",
     "+experiment=gpt2_l9": "no experiment named gpt2_l9; did you mean experiment=gpt2_l8? (there are: ",
     "experiment=gpt2_l8": "To append to your default list use +experiment=gpt2_l8",
     "+sweeps=absorption_by_widht": "no sweeps named absorption_by_widht; did you mean sweeps=absorption_by_width?",
     "model=vanila": "no model named vanila; did you mean model=vanilla? (there are: matryoshka, vanilla)",
-    "+experiment=gpt2_l8": "not set: data.source.text; give data.source.text=…",
+    "preset=busmann": "no preset named busmann; did you mean preset=bussmann?",
+    "model.objective.terms={orthogonal: 1}": "model.objective.terms has orthogonal; there is orthogonality",
+    # values
+    "+experiment=gpt2_l8 data.source.text=???": "not set: data.source.text; give data.source.text=…",
     "~model.d_sae": "not set: model.d_sae; give model.d_sae=…",
-    "model.k=abc": "model.k is 'abc', expected int | float",
-    "model.k=true": "model.k is True, expected int | float",
-    "model.lr=null": "model.lr is None, expected float",
-    "model.nested=1": "model.nested is 1, expected bool",
-    "model.d_in=1.5": "model.d_in is 1.5, expected int | None",
-    "model.prefixes=3": "model.prefixes is 3, expected list[int | float]",
-    "model.prefixes=[1,a]": "model.prefixes is [1, 'a'], expected list[int | float]",
-    "data.exhausted=stopp": "data.exhausted is 'stopp', expected 'repeat' | 'stop'",
-    "data.limits={a: b}": "data.limits is {'a': 'b'}, expected dict[str, int] | None",
-    "data.shape=[1]": "data.shape is [1], expected tuple[int, int]",
-    "data.source=3": "data.source is 3, expected Source",
-    "data.source.rows=x": "data.source.rows is 'x', expected int",
-    "seed=x": "seed is 'x', expected int",
-    "evaluation.ce_sequences=x": "evaluation.ce_sequences is 'x', expected int",
-    "trainer.max_steps=x": "trainer.max_steps is 'x', expected int",
+    "data=language_model": "not set: data.source.model, data.source.hook_names, data.source.text; give ",
+    "model.k=abc": "model.k=abc: expected number > 0",
+    "model.k=true": "model.k=true: expected number > 0",
+    "model.k=0": "model.k=0: expected number > 0",
+    "model.lr=nan": "model.lr=nan: expected number > 0 | null",
+    "model.encoder_bias=1": "model.encoder_bias=1: expected true | false",
+    "model.d_in=1.5": "model.d_in=1.5: expected int ≥ 1 | null",
+    "model.prefixes=3": "model.prefixes=3: expected list of number",
+    "model.prefixes=[1,a]": "model.prefixes=[1, a]: expected list of number",
+    "model.sparsity=batchtopk": CHOICES,
+    "model.sparsity={name: jumprelu, bandwidth: 0}": "model.sparsity.bandwidth=0: expected number > 0",
+    "model.objective.terms={orthogonality: -1}": "expected mapping to number ≥ 0",
+    "grid={k: 3}": "grid={k: 3}: expected mapping to list of anything | null",
+    "data.exhausted=stopp": "data.exhausted=stopp: expected repeat | stop",
+    "data.source=3": "data.source=3 is not a source of activations; see conf/data",
+    "data.source.rows=x": "data.source.rows=x: expected int ≥ 1",
+    "seed=x": "error: seed=x: expected int\n",  # not of each key that refers to it
+    "evaluation.calibration_tokens=0": "evaluation.calibration_tokens=0: expected int ≥ 1",
+    "trainer.max_epochs=x": "trainer.max_epochs=x: expected int | null",
+    "trainer.max_steps=3": "trainer.max_steps is set by msae",
+    "trainer.precision=16-mixed": "use bf16-mixed",
+    # values that do not fit each other, before a row is made
+    "model.prefixes=[8,4,32]": "must be positive and strictly increasing",
+    "model.prefixes=[4,4,32]": "must be positive and strictly increasing",
+    "model.prefixes=[4,8]": "must end at d_sae=32",
+    "model.prefixes=[4,40]": "must end at d_sae=32",
+    "model.k=33": "model.k=33 must be positive and at most d_sae=32",
+    "model.sparsity=topk": "model.k=1.25 must be whole with model.sparsity=topk",
+    "model.objective.reduction=[1,2]": "model.objective.reduction has 2 weights for 3 levels",
+    # what Hydra and YAML refuse
     "name='${'": "full_key: name",
     "tokens=${nowhere}": "Interpolation key 'nowhere' not found",
-    "model._target_=tests.test_config.Modl": "model._target_ 'tests.test_config.Modl' cannot be loaded",
+    "trainer._target_=lightning.Trainr": "trainer._target_=lightning.Trainr cannot be loaded: Invalid python path: ",
     "model.k=[1": "cannot read 'model.k=[1': no viable alternative",
     "model.k=1,2": "Ambiguous value for argument 'model.k=1,2'",
     "~model.zz": "Could not delete from config. 'model.zz' does not exist.",
     "hydra.fo=1": "use +hydra.fo=1: Key 'fo' not in 'HydraConf'",
-    "+experiment=broken": "broken.yaml",
+    "-cd=conf +experiment=broken": "broken.yaml",
     "--config-name=trian": "Cannot find primary config 'trian'",
-    "model.k=13": "k=13 is unlucky, expected another",
-    "seed=98": "No such file or directory",
 }
 
 
-@pytest.mark.parametrize("argument", MISTAKES)
-def test_a_mistake_is_one_line(call: Call, argument: str) -> None:
-    code, err = call(argument)
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_is_one_line_and_makes_nothing(call, arguments) -> None:
+    Path("conf/experiment").mkdir(parents=True)
+    Path("conf/experiment/typo.yaml").write_text("# @package _global_\nmodel: {d_sea: 16}")
+    Path("conf/experiment/broken.yaml").write_text("# @package _global_\nmodel: {d_sae: ]")
+    config, _, rest = arguments.partition(" ") if arguments.startswith("-cd") else ("", "", arguments)
+    config_directory = ["-cd", str(Path("conf").absolute())] if config else []
+    code, _, err = call(train, *config_directory, *(rest.split(" ") if rest.startswith("+") else [rest]))
     assert code == 1
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1, err
-    assert MISTAKES[argument] in err
+    assert one_line(err) == err.removesuffix("\n")
+    assert MISTAKES[arguments] in err
+    assert [path.name for path in Path().iterdir()] == ["conf"]
 
 
 @pytest.mark.parametrize(
-    "argument",
+    ("command", "arguments", "line"),
     [
-        "model=vanilla",
-        "model.lr=1",  # an int for a float, and a key that no file wrote
-        "model.d_in=3",
-        "data.limits={a: 1}",
-        "data.source={_target_: tests.test_config.Source, text: b, _convert_: all}",
-        "data.root=elsewhere",
-        "data.shape=[1,2]",
-        "trainer.anything=[1]",  # **kwargs
-        "+trainer.callbacks=[{_target_: tests.test_config.Source, text: b}]",
-        "model.k=0.5",
+        (hierarchy, ["run=x", "token=1"], "unknown key token; did you mean tokens?"),
+        (export, ["sae=x", "to=saelen"], "to=saelen: expected saelens | saelens_training | dictionary_learning | spar"),
+        (export, [], "not set: sae; give sae=…"),
+        (runs, ["runs=nowhere"], "there are no runs in nowhere; python -m msae.train makes one"),
+        (harvest, ["model.d_sea=3"], "unknown key model.d_sea; did you mean model.d_sae?"),
+        (harvest, ["data=language_model"], "not set: data.source.model, data.source.hook_names,"),
     ],
 )
-def test_what_the_signature_allows_is_accepted(call: Call, argument: str) -> None:
-    assert call(argument) == (0, "")
+def test_other_commands_check_theirs(call, command, arguments, line) -> None:
+    code, _, err = call(command, *arguments)
+    assert code == 1
+    assert line in one_line(err)
 
 
-def test_a_target_inside_a_list_is_checked(call: Call) -> None:
-    code, err = call("+trainer.callbacks=[{_target_: tests.test_config.Source, txt: b}]")
-    assert (code, err) == (
-        1,
-        "error: unknown key trainer.callbacks.0.txt; did you mean trainer.callbacks.0.text?\n",
-    )
+def test_an_experiment_serves_a_command_that_does_not_use_all_of_it(call) -> None:
+    small = ["data.source.rows=64", "data.source.val_rows=64"]
+    assert call(harvest, *small, "model.d_sae=???", "tokens=???")[0] == 0
+    code, _, err = call(harvest, *small, "tokens=???", "data.source.seed=${tokens}")
+    assert code == 1
+    assert one_line(err) == "error: not set: tokens; give tokens=…"
 
 
-def test_an_experiment_serves_a_command_that_does_not_use_all_of_it(conf: Path) -> None:
-    cfg = OmegaConf.load(conf / "train.yaml")
-    assert isinstance(cfg, DictConfig)
-    del cfg["defaults"], cfg["hydra"]
-    for group, name in (("model", "matryoshka"), ("data", "tree"), ("trainer", "default")):
-        cfg[group] = OmegaConf.load(conf / group / f"{name}.yaml")
-    cfg.tokens, cfg.model.d_sae, cfg.verify = "???", "???", None
-    check(cfg, HarvestConfig)
-    cfg.data.source.text = "???"
-    with pytest.raises(ValueError, match=r"^not set: data\.source\.text;"):
-        check(cfg, HarvestConfig)
-    cfg.data.source.text = "${tokens}"
-    with pytest.raises(ValueError, match=r"^not set: tokens; give tokens=…$"):
-        check(cfg, HarvestConfig)
-    cfg.model.d_sea = 3
-    cfg.data.source.text = "a"
-    with pytest.raises(ValueError, match=r"^unknown key model\.d_sea"):
-        check(cfg, HarvestConfig)
+def raise_(error: BaseException):
+    def work(*_: object) -> None:
+        raise error
+
+    return work
 
 
-def test_what_the_command_supplies_may_be_null() -> None:
-    @dataclass
-    class Schema:
-        supplied: ClassVar[tuple[str, ...]] = ("model.d_sae",)
-        model: Any
-
-    node = {"_target_": "tests.test_config.Model", "prefixes": [1.0]}
-    check(OmegaConf.create({"model": {**node, "d_sae": None}}), Schema)
-    check(OmegaConf.create({"model": node}), Schema)
-    with pytest.raises(ValueError, match=r"model\.d_sae is 'x', expected int"):
-        check(OmegaConf.create({"model": {**node, "d_sae": "x"}}), Schema)
-
-
-def test_a_bug_keeps_its_traceback(call: Call) -> None:
-    with pytest.raises(hydra.errors.InstantiationException) as raised:
-        call("model.k=14")
-    assert isinstance(raised.value.__cause__, TypeError)
-
-
-@pytest.mark.parametrize("argument", ["model.k=13", "model=vanila"])
-def test_the_traceback_comes_on_request(call: Call, monkeypatch: pytest.MonkeyPatch, argument: str) -> None:
+def test_a_bug_keeps_its_traceback_and_a_user_s_mistake_is_a_line(call, monkeypatch) -> None:
+    monkeypatch.setattr("msae.training.job.train", raise_(TypeError("a bug")))
+    with pytest.raises(TypeError, match="a bug"):
+        call(train)
+    monkeypatch.setattr("msae.training.job.train", raise_(ValueError("unlucky,\nexpected another")))
+    assert one_line(call(train)[2]) == "error: unlucky, expected another"
+    monkeypatch.setattr("msae.training.job.train", raise_(FileNotFoundError(2, "No such file", "x")))
+    assert "No such file" in one_line(call(train)[2])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(FileNotFoundError):
+        call(train)
     with pytest.raises(hydra.errors.HydraException):
-        call(argument)
+        call(train, "model=vanila")
 
 
-def test_interrupt(call: Call) -> None:
-    assert call("seed=99") == (130, "interrupted\n")
-    assert call("seed=97") == (130, "interrupted\n")
+def test_interrupt(call, monkeypatch) -> None:
+    monkeypatch.setattr("msae.training.job.train", raise_(KeyboardInterrupt()))
+    assert call(train)[::2] == (130, "interrupted\n")
+    exit_of_lightning = SystemExit(1)
+    exit_of_lightning.__context__ = KeyboardInterrupt()
+    monkeypatch.setattr("msae.training.job.train", raise_(exit_of_lightning))
+    assert call(train)[::2] == (130, "interrupted\n")
 
 
-@pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
-def test_hydra_flags_work(call: Call, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(*flags) == (0, "")
+@pytest.mark.parametrize("command", [train, harvest, export, hierarchy, runs])
+def test_help_names_every_key(call, command) -> None:
+    code, out, err = call(command, "--help")
+    assert (code, err) == (0, "")
+    assert "docs/settings.md" in out
+    assert not list(Path().iterdir())
+    if command is train:
+        for group in ("model.objective.aux", "model.schedule", "data"):
+            leaves = [key.name for key in keys(Train) if key.name.rpartition(".")[0] == group]
+            line = next(line for line in out.splitlines() if line.split()[:1] == [f"{group}."])
+            assert all(name.rpartition(".")[2] in line for name in leaves)
+        for choices in ("matryoshka, vanilla", "bussmann, dictionary_learning", "gpt2_l8"):
+            assert choices in out
+
+
+def test_hydra_flags_work(call) -> None:
+    code, out, _ = call(train, "--cfg", "job")
+    assert code == 0
+    assert "d_sae: 32" in out
     assert not list(Path().iterdir())
 
 
-def test_nothing_is_left_behind_but_the_run(call: Call) -> None:
-    assert call() == (0, "")
-    (run,) = Path("runs").iterdir()
-    assert [p.name for p in Path().iterdir()] == ["runs"]
-    assert re.fullmatch(r"tree-\d{8}-\d{6}", run.name)
-    assert not list(run.iterdir())
-
-
-def test_starts_in_the_same_second_get_different_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MSAE_RUN_DIR", "")
-    made = [run_directory("tree", str(tmp_path)) for _ in range(3)]
-    assert len(set(made)) == 3
-    assert all(path.is_dir() for path in made)
-
-
-def test_run_dir_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MSAE_RUN_DIR", "")
-    chosen = str(tmp_path / "mine")
-    assert run_directory("tree", run_dir=chosen) == Path(chosen)
-    (tmp_path / "mine" / "metrics.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not empty; give ckpt_path=last"):
-        run_directory("tree", run_dir=chosen)
-    assert run_directory("tree", run_dir=chosen, resume=True) == Path(chosen)
-
-
-def test_all_ranks_share_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MSAE_RUN_DIR", "")
-    first = run_directory("tree", str(tmp_path))
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert run_directory("tree", str(tmp_path)) == first.resolve()
-    monkeypatch.delenv("MSAE_RUN_DIR")
-    with pytest.raises(ValueError, match="give run_dir=…"):
-        run_directory("tree", str(tmp_path))
-    assert run_directory("tree", run_dir=str(tmp_path / "given")) == tmp_path / "given"
-
-
-def test_a_process_of_its_own_from_another_directory(conf: Path, tmp_path: Path) -> None:
-    """Exit code, one line and no torch, as a shell sees them."""
-    code = "import sys, tests.test_config as t; t.main(); assert 'torch' not in sys.modules"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    here = tmp_path / "here"
-    here.mkdir()
+def test_a_process_of_its_own_from_another_directory(elsewhere) -> None:
+    """Exit code and one line, as a shell sees them, and before Lightning is imported."""
+    code = "import sys; from msae.train import main\ntry: main()\nfinally: assert 'lightning' not in sys.modules"
 
     def start(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", code, "-cp", str(conf), *arguments]
-        return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
-    assert "model/matryoshka" in start("--info", "defaults").stdout
-    good, bad, bug = start(), start("model.kk=1"), start("model.k=14")
-    assert (good.returncode, good.stderr) == (0, "")
-    assert good.stdout.startswith("finished in runs/tree-")
-    assert (bad.returncode, bad.stderr) == (1, "error: unknown key model.kk; did you mean model.k?\n")
-    assert bug.returncode == 1
-    assert "Traceback" in bug.stderr
-    assert start("model._target_=tests.test_config.Modl").stderr.count("\n") == 1
-    assert sorted(p.name for p in here.iterdir()) == ["runs"]
+    assert "model: matryoshka" in start("--info", "defaults").stdout.replace("model/matryoshka", "model: matryoshka")
+    mistake = start("model.kk=1")
+    assert (mistake.returncode, mistake.stderr) == (1, "error: unknown key model.kk; did you mean model.k?\n")
+    assert os.listdir() == []
 
 
 def test_config_dir_names_what_is_missing() -> None:
@@ -325,13 +202,11 @@ def test_config_dir_names_what_is_missing() -> None:
 
 
 def test_harvest_has_the_keys_of_training() -> None:
-    train, harvest = compose("train"), compose("harvest", ["model.some_key=3"])
-    assert set(harvest) == {*train, "verify"}
-    assert harvest.model.some_key == 3
+    assert set(compose("harvest")) == {*compose("train"), "verify"}
 
 
 @pytest.mark.parametrize("file", sorted(config_dir("sweeps").glob("*.yaml")), ids=lambda f: f.stem)
-def test_a_sweep_file_opens_with_its_question(file: Path) -> None:
+def test_a_sweep_file_opens_with_its_question(file) -> None:
     first = file.read_text().splitlines()[0]
     assert first.startswith("# ")
     assert first.endswith("?")

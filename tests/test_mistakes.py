@@ -4,7 +4,7 @@ A `check` states what must hold. Beside the code as it is, it is given that code
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from typing import Any
 
 import lightning as L
 import pytest
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import msae.sae.loss
+import msae.sae.forms
+import msae.sae.objective
+import msae.training.step
 from msae.data.batches import ValBatches
 from msae.data.harvest import harvest
-from msae.data.synthetic import ForestSource
-from msae.evaluation.evaluate import calibrate, evaluate
+from msae.evaluation.evaluate import HeldOut, calibrate, evaluate
 from msae.sae import (
     AuxK,
     MatryoshkaSAE,
@@ -28,8 +29,11 @@ from msae.sae import (
     quantile_thresholds,
     save_sae,
 )
+from msae.settings import changed
+from msae.sources.forest import ForestSource
 from msae.training.module import MatryoshkaTraining
 from tests.test_model import make, rows, same, state
+from tests.training import differing, merged, module_of, trainer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 D_IN, D_SAE, K = 6, 16, 3
@@ -40,24 +44,16 @@ def assert_fails(check: Callable[..., None], *arguments: object) -> None:
         check(*arguments)
 
 
-def module_of(prefixes: list[int], kind=MatryoshkaTraining, **options: object) -> MatryoshkaTraining:
-    settings = {"warmup_steps": 2, "lr": 1e-2, "dead_after_tokens": 100} | options
-    module = kind(D_IN, D_SAE, prefixes, K, **settings)
+def started(prefixes: list[int], **recipe: Any) -> MatryoshkaTraining:
+    quick = {"schedule": {"warmup_steps": 2}, "lr": 1e-2, "dead": {"after_tokens": 100}}
+    module = module_of(D_IN, D_SAE, prefixes, K, **merged(quick, recipe))
     x = rows(5000, D_IN, dtype=torch.float32)
-    module.start_from((x.mean(0), float(x.square().sum(1).mean())))
+    module.step().start_from((x.mean(0), float(x.square().sum(1).mean())))
     return module
 
 
-def trainer_of(steps: int, precision: str = "32-true", callbacks: tuple[L.Callback, ...] = ()) -> L.Trainer:
-    return L.Trainer(
-        accelerator="cpu", devices=1, precision=precision, max_steps=steps, max_epochs=-1, logger=False,
-        callbacks=list(callbacks), enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, use_distributed_sampler=False,
-    )  # fmt: skip
-
-
-def fit(module: MatryoshkaTraining, steps: int, precision: str = "32-true", callbacks=()) -> MatryoshkaTraining:
-    trainer_of(steps, precision, callbacks).fit(module, batches(steps))
+def fit(module: MatryoshkaTraining, steps: int, **options: Any) -> MatryoshkaTraining:
+    trainer_of(steps, **options).fit(module, batches(steps))
     return module
 
 
@@ -68,14 +64,6 @@ def batches(n: int) -> DataLoader[Tensor]:
 # --- 1: latents are sorted, what belongs to them is not ---------------------------------------------------------
 
 
-class Unsorted(MatryoshkaTraining):
-    """Measures how much latents are used and leaves them where they are."""
-
-    def optimizer_step(self, *args, **kwargs) -> None:
-        L.LightningModule.optimizer_step(self, *args, **kwargs)
-        self.sae.normalise_decoder()
-
-
 class Losses(L.Callback):
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -84,12 +72,19 @@ class Losses(L.Callback):
         self.values.append(float(outputs["loss"]))
 
 
+PERMUTE = msae.training.step.permute
+
+
 def check_sorting_changes_the_order_alone() -> None:
     """With one prefix the order says nothing: a sorted run has the losses and, in another order, the state of any."""
     losses, saes = [], []
-    for kind in (MatryoshkaTraining, Unsorted):
-        seen = Losses()
-        saes.append(fit(module_of([D_SAE], kind, resort_rate=0.5, dead_after_tokens=20), 30, "64-true", [seen]).sae)
+    for is_sorted in (True, False):
+        seen, dead = Losses(), {"after_tokens": 20}
+        with pytest.MonkeyPatch.context() as patch:
+            if not is_sorted:  # how much latents are used is measured, and they stay where they are
+                patch.setattr(msae.training.step, "permute", lambda *_: None)
+            module = started([D_SAE], resort_rate=0.5, dead=dead)
+            saes.append(fit(module, 30, precision="64-true", callbacks=[seen]).sae)
         losses.append(seen.values)
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     torch.testing.assert_close(saes[0].use, saes[1].use.sort(descending=True).values)
@@ -99,29 +94,25 @@ def check_sorting_changes_the_order_alone() -> None:
     assert not torch.equal(order, torch.arange(D_SAE))
 
 
-def leaves_adam(self, order, optimizer=None) -> None:
-    PERMUTE(self, order)
+def leaves_adam(sae, order, optimizer=None) -> None:
+    PERMUTE(sae, order)
 
 
-def leaves_the_ema(self, order, optimizer=None) -> None:
-    use = self.use.clone()
-    PERMUTE(self, order, optimizer)
-    self.use.copy_(use)
+def leaves(name: str):
+    def mistaken(sae, order, optimizer=None) -> None:
+        before = getattr(sae, name).clone()
+        PERMUTE(sae, order, optimizer)
+        getattr(sae, name).copy_(before)
+
+    return mistaken
 
 
-def leaves_the_counters(self, order, optimizer=None) -> None:
-    counters = self.tokens_since_fired.clone()
-    PERMUTE(self, order, optimizer)
-    self.tokens_since_fired.copy_(counters)
-
-
-PERMUTE = MatryoshkaSAE.permute
-
-
-@pytest.mark.parametrize("mistaken", [leaves_adam, leaves_the_ema, leaves_the_counters])
+@pytest.mark.parametrize(
+    "mistaken", [leaves_adam, leaves("use"), leaves("tokens_since_fired")], ids=["adam", "ema", "counters"]
+)
 def test_1_sorting_moves_the_optimizer_state_the_ema_and_the_counters(mistaken, monkeypatch) -> None:
     check_sorting_changes_the_order_alone()
-    monkeypatch.setattr(MatryoshkaSAE, "permute", mistaken)
+    monkeypatch.setattr(msae.training.step, "permute", mistaken)
     assert_fails(check_sorting_changes_the_order_alone)
 
 
@@ -131,7 +122,7 @@ def test_1_sorting_moves_the_optimizer_state_the_ema_and_the_counters(mistaken, 
 def check_inference_l0_is_about_k_from_the_first_step() -> None:
     x = rows(2000, D_IN, 9, torch.float32)
     for steps in (1, 2, 5, 40):
-        sae = fit(module_of([4, D_SAE]), steps).sae
+        sae = fit(started([4, D_SAE]), steps).sae
         assert K / 2 < float((sae.encode(x) > 0).sum(1).float().mean()) < 1.5 * K, steps
 
 
@@ -177,7 +168,7 @@ def test_2_the_k_of_training_and_the_l0_of_inference_are_both_reported(tmp_path)
     sae, x = make(20, 32, [8, 32], K, dtype=torch.float32), shards.activations("val", 0)
     calibrate(sae, ValBatches(shards, 64))
     sae.threshold.mul_(0.5)  # as a threshold that lags behind
-    metrics = evaluate(sae, shards, source, "synthetic", 0, 64, 0)
+    metrics = evaluate(sae, HeldOut(shards, source, batch_tokens=64))
     check_both_l0s_are_reported(metrics, sae, x)
     assert metrics["val/l0/p32"] > 1.2 * metrics["train/k"]
     assert_fails(check_both_l0s_are_reported, metrics | {"val/l0/p32": metrics["train/k"]}, sae, x)
@@ -188,7 +179,7 @@ def test_2_the_k_of_training_and_the_l0_of_inference_are_both_reported(tmp_path)
 
 
 def check_inference_is_refused_or_sparse(steps: int) -> None:
-    sae, x = module_of([4, D_SAE]).sae if not steps else fit(module_of([4, D_SAE]), steps).sae, rows(500, D_IN).float()
+    sae, x = started([4, D_SAE]).sae if not steps else fit(started([4, D_SAE]), steps).sae, rows(500, D_IN).float()
     try:
         acts = sae.encode(x)
     except ValueError:  # no threshold yet
@@ -200,7 +191,7 @@ def check_inference_is_refused_or_sparse(steps: int) -> None:
 def test_3_an_sae_whose_training_stopped_early_is_not_silently_dense(steps, tmp_path, monkeypatch) -> None:
     check_inference_is_refused_or_sparse(steps)
     with pytest.raises(ValueError, match="no threshold yet"):
-        save_sae(module_of([D_SAE]).sae, tmp_path)
+        save_sae(started([D_SAE]).sae, tmp_path)
     init = MatryoshkaSAE.__init__
 
     def starts_at_minus_one(self, *a, **k) -> None:
@@ -274,8 +265,8 @@ def check_the_coefficient_counts_once() -> None:
         torch.testing.assert_close(half[name], 0.5 * once[name], rtol=1e-9, atol=1e-12)
 
 
-def b_dec_twice(sae, pre, residuals, edges, dead, aux) -> Tensor:
-    return auxk_loss(sae, pre, [residual - sae.b_dec for residual in residuals], edges, dead, aux)
+def b_dec_twice(sae, pre, residuals, *others) -> Tensor:
+    return auxk_loss(sae, pre, [residual - sae.b_dec for residual in residuals], *others)
 
 
 def without_gradient(*arguments) -> Tensor:
@@ -283,11 +274,11 @@ def without_gradient(*arguments) -> Tensor:
 
 
 def coefficient_twice(*arguments) -> Tensor:
-    return arguments[-1].coefficient * auxk_loss(*arguments)
+    return arguments[5].coefficient * auxk_loss(*arguments)
 
 
 def not_detached(*arguments) -> Tensor:
-    return auxk_loss(*arguments[:-1], replace(arguments[-1], detach=False))
+    return auxk_loss(*arguments[:5], changed(arguments[5], detach=False), *arguments[6:])
 
 
 @pytest.mark.parametrize(
@@ -302,7 +293,7 @@ def not_detached(*arguments) -> Tensor:
 )
 def test_5_auxk(check, mistaken, monkeypatch) -> None:
     check()
-    monkeypatch.setattr(msae.sae.loss, "auxk_loss", mistaken)
+    monkeypatch.setattr(msae.sae.objective, "auxk_loss", mistaken)
     assert_fails(check)
 
 
@@ -360,10 +351,11 @@ def test_6_thresholds_and_averages_stay_in_single_precision(check, monkeypatch) 
     assert_fails(check)
 
 
-@pytest.mark.parametrize("sparsity", ["batch_topk", "jumprelu"])
+@pytest.mark.parametrize("sparsity", ["batch_topk", {"name": "jumprelu", "bandwidth": 0.5}], ids=["topk", "jumprelu"])
 def test_6_training_in_mixed_precision_keeps_them_too(sparsity) -> None:
-    sae = fit(module_of([4, D_SAE], sparsity=sparsity, resort_rate=0.1, bandwidth=0.5), 20, "bf16-mixed").sae
-    exact, before = ("threshold", "threshold_ema", "use", "scale"), module_of([4, D_SAE], sparsity=sparsity).sae
+    module = started([4, D_SAE], sparsity=sparsity, resort_rate=0.1)
+    sae = fit(module, 20, precision="bf16-mixed").sae
+    exact, before = ("threshold", "threshold_ema", "use", "scale"), started([4, D_SAE], sparsity=sparsity).sae
     assert {getattr(sae, name).dtype for name in exact} == {torch.float32}
     assert not same(sae.threshold.detach(), before.threshold.detach())
     as_bfloat16 = sae.threshold.detach().bfloat16().float()
@@ -437,14 +429,14 @@ FOLDED = {
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in FOLDED.items() for name in names])
 def test_8_the_scale_is_folded_everywhere(kind, name, tmp_path, monkeypatch) -> None:
     check_the_file_is_the_sae(tmp_path, kind)
-    fold = MatryoshkaSAE.fold
+    fold = msae.sae.forms.fold
 
-    def leaves_one_out(self) -> None:
-        before = getattr(self, name).detach().clone()
-        fold(self)
-        getattr(self, name).data.copy_(before)
+    def leaves_one_out(sae) -> None:
+        before = getattr(sae, name).detach().clone()
+        fold(sae)
+        getattr(sae, name).data.copy_(before)
 
-    monkeypatch.setattr(MatryoshkaSAE, "fold", leaves_one_out)
+    monkeypatch.setattr(msae.sae.forms, "fold", leaves_one_out)
     assert_fails(check_the_file_is_the_sae, tmp_path, kind)
 
 
@@ -456,14 +448,14 @@ def check_encoding_moves_nothing(training: bool) -> None:
     before = state(sae.train(training))
     for prefix in (None, 4):
         sae.encode(x, prefix), sae(x, prefix)
-    assert [name for name, tensor in sae.state_dict().items() if not same(tensor, before[name])] == []
+    assert differing(dict(sae.state_dict()), before) == []
 
 
 def check_validating_moves_nothing() -> None:
-    module = fit(module_of([4, D_SAE], resort_rate=0.1), 3)
+    module = fit(started([4, D_SAE], resort_rate=0.1), 3)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     trainer_of(1).validate(module, batches(3), verbose=False)
-    assert [name for name, tensor in module.state_dict().items() if not same(tensor, before[name])] == []
+    assert differing(dict(module.state_dict()), before) == []
 
 
 @pytest.mark.parametrize("training", [True, False])

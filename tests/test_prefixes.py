@@ -20,7 +20,7 @@ from msae.sae import MatryoshkaSAE, pareto_prefixes, resolve_prefixes
         ([1, 64], [1, 64]),
     ],
 )
-def test_prefixes(prefixes, widths) -> None:
+def test_fractions_and_widths_become_widths(prefixes, widths) -> None:
     resolved = resolve_prefixes(prefixes, 64)
     assert resolved == widths
     assert all(type(width) is int for width in resolved)
@@ -45,22 +45,21 @@ def test_prefixes(prefixes, widths) -> None:
         ([16.0, 64.0], "mixes fractions and widths"),
     ],
 )
-def test_invalid_prefixes(prefixes, message) -> None:
+def test_impossible_prefixes_are_refused(prefixes, message) -> None:
     with pytest.raises(ValueError, match=rf"^model\.prefixes[^\n]*{message}[^\n]*$"):
         MatryoshkaSAE(4, 64, prefixes, 2)
 
 
 def test_random_prefixes_increase_and_end_at_the_width() -> None:
-    generator, drawn = torch.Generator().manual_seed(0), []
+    generator, draws = torch.Generator().manual_seed(0), set()
     for n in (1, 2, 5, 16):
         for _ in range(50):
             widths = pareto_prefixes(16, n, generator)
             assert len(widths) == n
-            assert widths[-1] == 16
-            assert resolve_prefixes(widths, 16) == widths
-            drawn.append(widths)
-    assert pareto_prefixes(16, 16, generator) == list(range(1, 17))
-    assert len({tuple(w) for w in drawn}) > 50
+            assert resolve_prefixes(widths, 16) == widths  # which must increase and end at 16
+            draws.add(tuple(widths))
+    assert tuple(range(1, 17)) in draws
+    assert len(draws) > 50
     assert pareto_prefixes(1, 1, generator) == [1]
 
 
@@ -77,5 +76,5 @@ def test_random_prefixes_are_drawn_as_often_as_their_density_says() -> None:
 
 @pytest.mark.parametrize("n", [0, -1, 17])
 def test_an_impossible_number_of_random_prefixes_is_refused(n) -> None:
-    with pytest.raises(ValueError, match=rf"^model\.n_prefixes={n} must lie between 1 and d_sae=16$"):
+    with pytest.raises(ValueError, match=rf"^model\.sampling\.n_prefixes={n} must lie between 1 and d_sae=16$"):
         pareto_prefixes(16, n, torch.Generator())

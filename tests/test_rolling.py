@@ -17,14 +17,18 @@ from torch import Tensor
 
 from msae import harvest as harvest_command
 from msae import train
+from msae.data.activations import Activations, Data
 from msae.data.batches import TrainBatches, ValBatches
 from msae.data.datamodule import ActivationData
 from msae.data.harvest import harvest
-from msae.data.language_model import LanguageModelSource
-from msae.data.rolling import GB, HEADER, roll
-from msae.data.shards import MANIFEST, Shards, quantise
-from msae.data.source import Chunk, Split
-from tests.test_cli import SHORT, call, one_line, only_run, same_weights, start, wait_for  # noqa: F401
+from msae.data.rolling import GB, HEADER, Rolling, roll
+from msae.data.shards import MANIFEST, Shards
+from msae.settings import decode
+from msae.sources.forest import ForestSource
+from msae.sources.int8 import quantise
+from msae.sources.language_model import LanguageModelSource
+from msae.sources.source import Chunk, Split
+from tests.commands import SHORT, one_line, only_run, same_weights, start, wait_for
 from tests.test_harvest import contents
 from tests.tiny_lm import sentences, tiny_model
 
@@ -38,7 +42,7 @@ class Rows:
     Rows of the chunks `changed` are other ones; the chunk `fails` cannot be made.
     """
 
-    name, budget_key, hook_names = "rows", "data.source.rows", tuple(WIDTHS)
+    name, budget_key, hook_names = "rows", "data.source.rows", list(WIDTHS)
 
     def __init__(
         self, count: int = 40, int8: bool = False, changed: tuple[int, ...] = (), fails: int = -1, pause: float = 0
@@ -58,7 +62,7 @@ class Rows:
     def most_rows(self) -> tuple[int, int]:
         return 92, self.count * 2
 
-    def d_in(self, hook_name: str) -> int:
+    def width(self, hook_name: str) -> int:
         return WIDTHS[hook_name]
 
     def bytes_per_row(self, hook_name: str) -> int:
@@ -104,21 +108,25 @@ def gb(window: int = 2, source: Any = None, hooks: tuple[str, ...] = ("hook",)) 
 @pytest.fixture
 def opened(tmp_path):
     """Opens a rolling harvest under a directory; all are closed at the end."""
-    found = []
+    all_shards = []
 
     def open_(source: Any = None, name: str = "", budget: float | None = None, hooks=("hook",)) -> dict[str, Shards]:
         source = source or Rows()
-        found.append(roll(source, list(hooks), tmp_path / name, budget or gb(source=source, hooks=hooks), show=False))
-        return found[-1]
+        budget = budget or gb(source=source, hooks=hooks)
+        shards, rolling = roll(source, list(hooks), tmp_path / name, budget, show=False)
+        for each in shards.values():
+            each.rolling = rolling  # for `close`
+        all_shards.append(shards)
+        return shards
 
     yield open_
-    for shards in found:
+    for shards in all_shards:
         close(shards)
     assert threads() == []
 
 
 def close(shards: dict[str, Shards]) -> None:
-    rolling = next(iter(shards.values())).rolling
+    rolling: Rolling | None = next(iter(shards.values())).rolling
     if rolling is not None:
         rolling.close()
 
@@ -231,9 +239,9 @@ def test_statistics_and_held_out_rows_are_those_of_the_first_window(opened) -> N
     shards = opened(budget=gb(3))["hook"]
     list(TrainBatches(shards, 64, 100, 0))
     whole = Shards(harvest(Rows(3), shards.directory.parent / "whole", show=False)["hook"].directory)
-    assert shards.manifest["window"] == 3
-    assert shards.manifest["statistics"] == whole.manifest["statistics"]
-    assert [e for e in whole.manifest["shards"] if e["split"] == "val"] == shards.manifest["shards"]
+    assert shards.manifest.window == 3
+    assert shards.manifest.statistics == whole.manifest.statistics
+    assert [e for e in whole.manifest.shards if e.split == "val"] == shards.manifest.shards
     assert sorted(shards.directory.glob("val-*")) == [shards.directory / f"val-0000{n}.safetensors" for n in range(3)]
     assert torch.equal(torch.cat(list(ValBatches(shards, 4))), torch.cat(list(ValBatches(whole, 4))))
 
@@ -323,7 +331,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_a_killed_run_goes_on_and_ends_with_the_same_weights(call) -> None:  # noqa: F811
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(call) -> None:
     assert call(train, *ROLLING, "run_dir=whole", "data.root=other")[0] == 0
     assert threads() == []
     with start(*ROLLING) as process:
@@ -364,13 +372,14 @@ def test_a_source_that_gives_other_rows_is_refused(opened) -> None:
     close({"hook": shards})
     for path in shards.directory.glob("train-*"):
         path.unlink()
-    again = TrainBatches(opened(Rows(changed=(14, 15)))["hook"], 32, 200, 0)
+    opened_again = opened(Rows(changed=(14, 15)))
+    again = TrainBatches(opened_again["hook"], 32, 200, 0)
     again.load_state_dict(state)
     message = rf"^{re.escape(str(shards.directory))}/train-00014.safetensors was made again and came out [^\n]*$"
     with pytest.raises(ValueError, match=message):
         list(again)
     assert 14 not in trained(shards.directory)
-    again.shards.rolling.close()
+    close(opened_again)
     source = Rows()
     endless = iter(TrainBatches(opened(source, "second")["hook"], 32, 200, 0))
     list(islice(endless, 60))
@@ -438,9 +447,7 @@ def test_an_error_of_the_harvest_is_the_error_of_training(opened, at) -> None:
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_an_error_while_training_is_one_line_of_the_command(call, monkeypatch) -> None:  # noqa: F811
-    from msae.data.synthetic import ForestSource
-
+def test_an_error_while_training_is_one_line_of_the_command(call, monkeypatch) -> None:
     chunks = ForestSource.chunks
 
     def failing(self: ForestSource, state: Any) -> Iterator[Chunk]:
@@ -466,12 +473,13 @@ def test_no_thread_is_left_when_training_ends_fails_or_is_abandoned(opened, tmp_
     assert threads() == []
     batches.batch(0)
     assert threads() == []
-    data = ActivationData(Rows(), 16, root=str(tmp_path / "data"), rolling_gb=gb())
-    for end in (data.teardown, data.on_exception, data.close):
-        iterator = iter(TrainBatches(data.shards, 16, 10**6, 0))
+    activations = Activations(Data(Rows(), batch_tokens=16, root=str(tmp_path / "data"), rolling_gb=gb()))
+    data = ActivationData(activations)
+    for end in (lambda: data.teardown("fit"), lambda: data.on_exception(RuntimeError()), activations.close):
+        iterator = iter(TrainBatches(activations.shards, 16, 10**6, 0))
         next(iterator)
         assert "msae-rolling" in threads()
-        end(*(["fit"] if end == data.teardown else [RuntimeError()] if end == data.on_exception else []))
+        end()
         assert "msae-rolling" not in threads()
         iterator.close()
 
@@ -484,7 +492,7 @@ def test_a_budget_too_small_names_one_that_does(opened, tmp_path, hooks) -> None
     assert gb(1, hooks=hooks) <= named < 1.02 * gb(1, hooks=hooks)
     assert not list(tmp_path.iterdir())
     shards = opened(budget=named, hooks=hooks)
-    assert shards["hook"].manifest["window"] == 1
+    assert shards["hook"].manifest.window == 1
     list(TrainBatches(shards["hook"], 90, 50, 0))
 
 
@@ -510,16 +518,17 @@ def test_a_rolling_harvest_is_not_mistaken_for_a_whole_one(opened, tmp_path) -> 
         Shards(shards.directory)
     whole = harvest(Rows(), tmp_path, show=False)["hook"]
     assert whole.rows("train") == [90 + n % 3 for n in range(40)]
-    assert json.loads((shards.directory / MANIFEST).read_text())["identity_hash"] == whole.manifest["identity_hash"]
+    assert json.loads((shards.directory / MANIFEST).read_text())["identity_hash"] == whole.manifest.identity_hash
 
 
 def test_stopping_after_an_epoch_is_refused() -> None:
+    source = {"_target_": "msae.sources.forest.ForestSource"}
     with pytest.raises(ValueError, match=r"^data\.exhausted=stop needs [^\n]*data\.rolling_gb[^\n]*$"):
-        ActivationData(Rows(), exhausted="stop", rolling_gb=1)
+        decode(Data, {"source": source, "exhausted": "stop", "rolling_gb": 1}, "data")
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_the_harvest_command_refuses_in_one_line(call) -> None:  # noqa: F811
+def test_the_harvest_command_refuses_in_one_line(call) -> None:
     code, _, err = call(harvest_command, *ROLLING[:4], "data.rolling_gb=1")
     assert code == 1
     assert one_line(err).startswith("error: data.rolling_gb=1 harvests while training reads: run python -m msae.train")
@@ -545,16 +554,16 @@ def test_a_language_model_harvested_in_windows_gives_the_rows_of_a_whole_harvest
     expected = torch.cat([whole.activations("train", n) for n in range(len(whole.rows("train")))])
     batches, got, state = None, [], None
     for stop in (100, 10**6):
-        shards = roll(source(), [hook], tmp_path / "rolling", 0.0002, show=False)[hook]
-        assert 1 <= shards.rolling.known.window <= 2
-        batches = TrainBatches(shards, 32, 2 * len(expected) // 32, 0)
+        shards, rolling = roll(source(), [hook], tmp_path / "rolling", 0.0002, show=False)
+        assert 1 <= rolling.known.window <= 2
+        batches = TrainBatches(shards[hook], 32, 2 * len(expected) // 32, 0)
         if state is not None:
             batches.load_state_dict(state)
         iterator = iter(batches)
         got += list(islice(iterator, stop))
         iterator.close()
         state = batches.state_dict()
-        shards.rolling.close()
+        rolling.close()
     rows = torch.cat(got)
 
     def in_order(x: Tensor) -> list[tuple[float, ...]]:

@@ -1,21 +1,88 @@
-"""What selects and what it costs: BatchTopK, TopK, JumpReLU, penalties, the controller of L0, thresholds."""
-
-import math
+"""Mechanisms: what they select, densely and sparsely, what it costs; the controller of L0, thresholds."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from msae.sae import L0Controller, batch_topk, jumprelu, quantile_thresholds, topk
-from msae.sae.sparsity import PENALTIES, quadratic_l0
-from tests.test_model import make, rows
+import msae.sae.fast.code
+from msae.sae import L0Controller, Sparsity, batch_topk, encode_sparse, jumprelu, quantile_thresholds, topk
+from msae.sae.fast.code import sparse_encode
+from msae.sae.sparsity import SPARSITIES as MECHANISMS
+from msae.sae.sparsity import JumpReLU, count_above, l0_penalty, sparsity_as_plain, sparsity_of
+from tests.test_model import SPARSITIES, every_sparsity, make, rows
 
 SHAPES = [(10, 32), (2, 5, 32), (5, 2, 1, 32)]
+every_shape = pytest.mark.parametrize("shape", SHAPES)
 
-# --- BatchTopK -------------------------------------------------------------------------------------------------
+SETTINGS = [*SPARSITIES, {"name": "jumprelu", "threshold_init": 0.25, "bandwidth": 0.5}]
+every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
+
+# --- every mechanism --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rescaled", [False, True])
+@every_setting
+def test_the_sparse_path_selects_what_the_dense_path_selects(setting, rescaled, monkeypatch) -> None:
+    monkeypatch.setattr(msae.sae.fast.code, "DENSEST", 1.0)
+    options = {"sparsity": setting, "rescale_acts_by_decoder_norm": rescaled}
+    sae, x = make(20, 64, [8, 64], k=5, threshold=3.0, **options), rows(100, 20)
+    for inference, acts in ((False, sae.select(sae.pre(x))), (True, sae.encode(x))):
+        code = sparse_encode(sae, x, "plain", inference)
+        torch.testing.assert_close(code.dense(), acts.detach())
+        assert 0 < len(code.latents) < 100 * 64
+
+
+@pytest.mark.parametrize("overridden", ["select", "infer"])
+@every_sparsity
+def test_a_subclass_that_overrides_one_selection_takes_the_dense_path_for_it(sparsity, overridden, monkeypatch) -> None:
+    monkeypatch.setattr(msae.sae.fast.code, "DENSEST", 1.0)
+    monkeypatch.setattr("msae.sae.sparsity.SPARSITIES", {})  # that the subclass is not kept
+
+    def halved(self, pre: Tensor, k: float, threshold: Tensor) -> Tensor:
+        return pre.relu() / 2
+
+    mechanism = type("Halved", (MECHANISMS[sparsity],), {"name": "halved", overridden: halved})()
+    sae, x = make(20, 64, [64], k=5, threshold=3.0, sparsity=mechanism), rows(100, 20)
+    for inference in (False, True):
+        is_dense = sparse_encode(sae, x, "plain", inference) is None
+        assert is_dense == (overridden == ("infer" if inference else "select"))
+    dense = sae.encode(x) if overridden == "infer" else sae.select(sae.pre(x))
+    torch.testing.assert_close(dense, sae.pre(x).relu() / 2)
+    torch.testing.assert_close(encode_sparse(sae, x, "plain").dense(), sae.encode(x))
+
+
+@every_setting
+def test_settings_of_a_mechanism_survive_a_round_trip(setting) -> None:
+    mechanism = sparsity_of(setting)
+    assert isinstance(mechanism, Sparsity)
+    assert sparsity_of(mechanism) is mechanism
+    assert sparsity_of(sparsity_as_plain(mechanism)) == mechanism
+    if sparsity_as_plain(mechanism) != setting:  # a name stands for its defaults
+        assert sparsity_as_plain(mechanism) == {"name": setting, **vars(JumpReLU())}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("topp", r"model\.sparsity=topp: expected batch_topk \| topk \| jumprelu \| l1 \| log[^\n]*"),
+        (
+            {"name": "jumprelu", "bandwith": 1},
+            r"unknown key model\.sparsity\.bandwith; did you mean [^\n]*bandwidth\?",
+        ),
+        ({"name": "jumprelu", "bandwidth": 0}, r"model\.sparsity\.bandwidth=0: expected number > 0"),
+        ({"name": "topk", "bandwidth": 1}, r"unknown key model\.sparsity\.bandwidth; topk has no settings"),
+    ],
+    ids=str,
+)
+def test_an_impossible_mechanism_is_one_line(setting, message) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        sparsity_of(setting)
+
+
+# --- BatchTopK and TopK -----------------------------------------------------------------------------------------------
+
+
+@every_shape
 @pytest.mark.parametrize(("k", "count"), [(1, 10), (4, 40), (0.3, 3), (2.5, 25), (32, 320)])
 def test_batch_topk_keeps_the_largest_k_times_tokens(shape, k, count) -> None:
     pre = rows(10, 32, dtype=torch.float32).abs().add(0.01).view(shape).requires_grad_()
@@ -28,15 +95,7 @@ def test_batch_topk_keeps_the_largest_k_times_tokens(shape, k, count) -> None:
     assert torch.equal(pre.grad, (acts > 0).float())
 
 
-def test_batch_topk_never_keeps_a_negative_one() -> None:
-    pre = torch.tensor([[-1.0, 2.0, -3.0], [-1.0, -2.0, 0.0]])
-    assert torch.equal(batch_topk(pre, 3), pre.relu())
-
-
-# --- TopK ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", SHAPES)
+@every_shape
 @pytest.mark.parametrize("k", [1, 4, 32, 40])
 def test_topk_keeps_the_k_largest_of_each_token(shape, k) -> None:
     pre = rows(10, 32, dtype=torch.float32).view(shape).requires_grad_()
@@ -49,14 +108,14 @@ def test_topk_keeps_the_k_largest_of_each_token(shape, k) -> None:
     assert torch.equal(pre.grad, 2 * acts)
 
 
-# --- JumpReLU --------------------------------------------------------------------------------------------------
+# --- JumpReLU ---------------------------------------------------------------------------------------------------------
 
 
 def near(pre: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
     return ((pre - theta).abs() / bandwidth < 0.5).double()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@every_shape
 @pytest.mark.parametrize("bandwidth", [0.01, 0.3, 2.0])
 def test_jumprelu_and_its_gradients_are_those_of_the_paper(shape, bandwidth) -> None:
     """∂/∂pre = H(pre − θ) and ∂/∂θ = −θ/ε K((pre − θ)/ε), K the rectangle (arXiv 2407.14435, eq. 11)."""
@@ -72,19 +131,20 @@ def test_jumprelu_and_its_gradients_are_those_of_the_paper(shape, bandwidth) -> 
     assert (t.grad != 0).any()
 
 
-def test_a_pre_activation_at_its_threshold_is_silent() -> None:
-    theta = torch.tensor([0.5, 0.0])
-    assert torch.equal(
-        jumprelu(torch.tensor([[0.5, 0.0], [0.75, -1.0]]), theta, 0.1), torch.tensor([[0, 0], [0.75, 0]])
-    )
+def test_jumprelu_of_one_token_alone_and_at_its_threshold() -> None:
+    theta = torch.tensor([0.3, 0.3, 0.5, 0.0]).requires_grad_()
+    acts = jumprelu(torch.tensor([0.4, 0.1, 0.5, 0.0]), theta, 1.0)
+    assert acts.tolist() == pytest.approx([0.4, 0, 0, 0])  # silent at the threshold
+    acts.sum().backward()
+    torch.testing.assert_close(theta.grad, -theta.detach())
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@every_shape
 def test_the_quadratic_penalty_pulls_the_thresholds_towards_the_wanted_l0(shape) -> None:
     """E (2/L*)(L0 − L*)², ∂L0/∂θ = −K/ε; nothing reaches the pre-activations."""
     pre, theta, bandwidth, target = rows(10, 32), rows(1, 32, 3)[0].abs(), 0.3, 5.0
     p, t = pre.view(shape).clone().requires_grad_(), theta.clone().requires_grad_()
-    penalty = quadratic_l0(p, t, bandwidth, target)
+    penalty = l0_penalty(count_above(p, t, bandwidth).sum(-1), target)
     l0 = (pre > theta).sum(1).double()
     torch.testing.assert_close(penalty, (2 / target * (l0 - target) ** 2).mean())
     penalty.backward()
@@ -95,20 +155,7 @@ def test_the_quadratic_penalty_pulls_the_thresholds_towards_the_wanted_l0(shape)
     assert (t.grad != 0).any()
 
 
-def test_jumprelu_has_a_gradient_for_one_token_alone() -> None:
-    pre, theta = torch.tensor([0.4, 0.1]).requires_grad_(), torch.tensor([0.3, 0.3]).requires_grad_()
-    jumprelu(pre, theta, 1.0).sum().backward()
-    torch.testing.assert_close(theta.grad, torch.tensor([-0.3, -0.3]))
-
-
-# --- penalties and the controller ------------------------------------------------------------------------------
-
-
-def test_penalties_of_an_activation() -> None:
-    acts = torch.tensor([[0.0, 0.4, 2.0]], dtype=torch.float64)
-    assert torch.equal(PENALTIES["l1"](acts), acts)
-    expected = torch.tensor([[0.0, math.log(5), math.log(21)]], dtype=torch.float64)
-    torch.testing.assert_close(PENALTIES["log"](acts), expected, rtol=1e-12, atol=1e-15)
+# --- the controller ---------------------------------------------------------------------------------------------------
 
 
 def lambdas(controller: L0Controller, l0s: list[float]) -> list[float]:
@@ -117,36 +164,29 @@ def lambdas(controller: L0Controller, l0s: list[float]) -> list[float]:
 
 def test_the_controller_warms_up_in_a_line_and_then_follows_l0() -> None:
     controller = L0Controller(2.0, target=5, rate=0.1, warmup_steps=4)
-    found = lambdas(controller, [9, 9, 0, 0, 9, 5, 4, 4.99])  # grows at the target too
     up, down = 1.1, 0.9
     expected = [0.5, 1.0, 1.5, 2.0, 2 * up, 2 * up**2, 2 * up**2 * down, 2 * up**2 * down**2]
-    assert found == pytest.approx(expected, rel=1e-6)
+    assert lambdas(controller, [9, 9, 0, 0, 9, 5, 4, 4.99]) == pytest.approx(expected, rel=1e-6)  # grows at the target
     again = L0Controller(2.0, target=5, rate=0.1, warmup_steps=4)
     again.load_state_dict(controller.state_dict())
-    assert float(again(torch.tensor(9.0), 9)) == float(controller(torch.tensor(9.0), 9))
-    assert float(again.weight) == pytest.approx(expected[-1] * up, rel=1e-6)
+    returned = again(torch.tensor(9.0), 9)
+    assert float(returned) == float(controller(torch.tensor(9.0), 9))
+    again(torch.tensor(9.0), 10)
+    again(torch.tensor(0.0), 10)  # a second batch of the same step moves nothing
+    assert float(returned) == pytest.approx(expected[-1] * up, rel=1e-6)  # what was returned does not move
+    assert float(again.weight) == pytest.approx(expected[-1] * up**2, rel=1e-6)
 
 
-def test_the_published_rate_moves_the_penalty_by_three_in_ten_thousand_a_step() -> None:
-    assert lambdas(L0Controller(1.0, 5, 3e-4), [9] * 1000)[-1] == pytest.approx(1.0003**1000, rel=1e-4)
-    assert lambdas(L0Controller(1.0, 5, 3e-4), [1] * 1000)[-1] == pytest.approx(0.9997**1000, rel=1e-4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("l0", "factor"), [(9, 1.0003), (1, 0.9997)])
+def test_the_published_rate_moves_the_penalty_by_three_in_ten_thousand_a_step(l0, factor, dtype) -> None:
+    controller = L0Controller(1.0, 5, 3e-4).to(dtype)
+    assert lambdas(controller, [l0] * 1000)[-1] == pytest.approx(factor**1000, rel=1e-4)
 
 
 def test_without_a_rate_the_penalty_keeps_its_weight() -> None:
     assert lambdas(L0Controller(1.3, 5), [9, 1, 0]) == pytest.approx([1.3] * 3)
     assert lambdas(L0Controller(1.0, 5, warmup_steps=2), [9, 9, 9]) == [0.5, 1, 1]
-
-
-def test_a_weight_that_was_returned_does_not_move_later() -> None:
-    controller = L0Controller(1.0, 5, 0.5)
-    first = controller(torch.tensor(9.0), 1)
-    controller(torch.tensor(9.0), 2)
-    assert float(first) == 1.5
-
-
-def test_the_controller_still_moves_in_bfloat16() -> None:
-    controller = L0Controller(1.0, 5, 3e-4).to(torch.bfloat16)
-    assert lambdas(controller, [9] * 100)[-1] == pytest.approx(1.0003**100, rel=1e-3)
 
 
 # --- thresholds ------------------------------------------------------------------------------------------------
@@ -176,28 +216,17 @@ def test_quantile_thresholds_equal_a_full_sort_of_each_width(k, split) -> None:
     thetas = quantile_thresholds(iter(pre.split(split)), k, len(pre), widths)
     for width, theta in zip(widths, thetas, strict=True):
         own = pre[:, :width]
-        wanted = round(k * 1000)
-        expected = max(0.0, float(own.flatten().sort(descending=True).values[wanted]))
-        assert theta == expected
-        assert int((own > theta).sum()) == min(wanted, int((own > 0).sum()))
+        count = round(k * 1000)
+        assert theta == max(0.0, float(own.flatten().sort(descending=True).values[count]))
+        assert int((own > theta).sum()) == min(count, int((own > 0).sum()))
     assert thetas == sorted(thetas)
     assert quantile_thresholds([pre], k, len(pre), [24]) == thetas[-1:]
     assert k < 8 or thetas[0] == 0  # half of 9 are positive: never 8
 
 
-def test_quantile_thresholds_take_a_list_of_unequal_batches() -> None:
+def test_quantile_thresholds_take_unequal_batches_with_a_gradient() -> None:
     for seed in range(20):
-        quantile_thresholds(list(rows(10, 4, seed).split(3)), 1, 10, [2, 4])
-
-
-def test_quantile_thresholds_take_batches_with_a_gradient() -> None:
-    pre = rows(10, 4).requires_grad_()
-    before = torch.is_warn_always_enabled()
-    torch.set_warn_always(True)
-    try:
-        quantile_thresholds(iter(pre.split(5)), 1, 10, [2, 4])
-    finally:
-        torch.set_warn_always(before)
+        quantile_thresholds(rows(10, 4, seed).requires_grad_().split(3), 1, 10, [2, 4])
 
 
 def test_quantile_thresholds_are_never_negative_and_need_rows() -> None:

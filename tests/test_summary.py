@@ -1,6 +1,7 @@
 """What a sweep says: arms, intervals, the table, the figure."""
 
 import csv
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from msae.evaluation import pictures
-from msae.summary import (
+from msae.cli.table import (
+    OVERRIDES,
     Interval,
     Job,
     bootstrap,
@@ -23,25 +24,21 @@ from msae.summary import (
     summarise,
     widest,
 )
+from msae.evaluation import pictures
+from msae.runs import Arm, Run
+from msae.settings import changed
 
 Capture = pytest.CaptureFixture[str]
 ARMS = ["vanilla", "nested"]
 FIGURE = {"x": "model.d_sae", "by": "arm", "metrics": ["truth/mcc", "val/l0"], "log_x": True}
 
 
-def put(directory: Path, content: Any) -> None:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    directory.write_text(content if isinstance(content, str) else json.dumps(content))
-
-
-def job(sweep: Path, name: str, overrides: list[str], metrics: Any) -> Path:
-    put(sweep / name / "overrides.json", overrides)
-    put(sweep / name / "metrics.json", metrics)
-    return sweep / name
-
-
-def arm(name: str, arm: str = "vanilla", error: str | None = None, **settings: Any) -> dict[str, Any]:
-    return {"name": name, "arm": arm, "settings": settings, "error": error}
+def job(sweep: Path, name: str, overrides: list[str], metrics: Any) -> Run:
+    run = Run(sweep / name)
+    run.path.mkdir(parents=True)
+    (run.path / OVERRIDES).write_text(json.dumps(overrides))
+    run.metrics_file.write_text(metrics if isinstance(metrics, str) else json.dumps(metrics))
+    return run
 
 
 def measured(seed: int, arm: str, width: int) -> float:
@@ -53,14 +50,13 @@ def sweep(tmp_path: Path) -> Path:
     """Five seeds, a job each, with two arms at two widths."""
     sweep = tmp_path / "sweep"
     for seed in range(5):
-        directory = job(sweep, str(seed), [f"++seed={seed}", "++tokens=5"], {"seconds": 2.5})
-        entries = []
-        for name in ARMS:
-            for width in (64, 16):
-                entries.append({**arm(f"{name}-d_sae{width}", name), "settings": {"model.d_sae": width}})
-                metrics = {"truth/mcc": measured(seed, name, width), "val/l0/p2": 9, f"val/l0/p{width}": 1.5 * width}
-                put(directory / f"{name}-d_sae{width}" / "metrics.json", metrics)
-        put(directory / "arms.json", entries)
+        run = job(sweep, str(seed), [f"++seed={seed}", "++tokens=5"], {"seconds": 2.5})
+        arms = []
+        for name, width in itertools.product(ARMS, (64, 16)):
+            arms.append(Arm(f"{name}-d_sae{width}", name, {"model.d_sae": width}))
+            metrics = {"truth/mcc": measured(seed, name, width), "val/l0/p2": 9, f"val/l0/p{width}": 1.5 * width}
+            run.arm(arms[-1].name).write_metrics(metrics)
+        run.write_arms(arms)
     return sweep
 
 
@@ -69,7 +65,7 @@ def rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
-# Reading --------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def test_each_arm_is_an_entry(sweep: Path) -> None:
@@ -83,10 +79,10 @@ def test_each_arm_is_an_entry(sweep: Path) -> None:
 
 
 def test_an_arm_that_failed_is_named_and_the_others_stay(sweep: Path, capsys: Capture) -> None:
-    entries = json.loads((sweep / "3" / "arms.json").read_text())
-    entries[0]["error"] = "the loss is\nnan"
-    put(sweep / "3" / "arms.json", entries)
-    (sweep / "3" / entries[1]["name"] / "metrics.json").unlink()
+    run = Run(sweep / "3")
+    first, second, *rest = run.arms()
+    run.write_arms([changed(first, error="the loss is\nnan"), second, *rest])
+    run.arm(second.name).metrics_file.unlink()
     assert report(sweep, ["truth/mcc"]) == 2
     out, err = capsys.readouterr()
     assert "failed: job 3 (seed=3 arm=vanilla model.d_sae=64): the loss is nan\n" in err
@@ -98,30 +94,13 @@ def test_an_arm_that_failed_is_named_and_the_others_stay(sweep: Path, capsys: Ca
     assert "; 12 s of jobs; " in table
 
 
-@pytest.mark.parametrize(
-    "name", ["..", ".", "../elsewhere", "a/b", "", "/etc", "link", "inner/../../elsewhere", "a\0b", "a\nb"]
-)
-def test_no_name_leads_out_of_the_job(tmp_path: Path, name: str) -> None:
-    put(tmp_path / "elsewhere" / "metrics.json", {"secret": 1})
-    put(tmp_path / "metrics.json", {"secret": 1})
-    directory = job(tmp_path / "sweep", "0", ["seed=0"], {"seconds": 1, "secret": 1})
-    (directory / "link").symlink_to(tmp_path / "elsewhere")
-    put(directory / "good" / "metrics.json", {"loss": 1})
-    put(directory / "arms.json", [arm(name), arm("good")])
-    bad, good = read_jobs(tmp_path / "sweep")
-    assert bad.metrics == {}
-    assert bad.error == f"arms.json: {name!r} is not a directory of the job"
-    assert good.metrics == {"loss": 1}
-
-
-@pytest.mark.parametrize(
-    "content", ["[", "3", "[1]", '[{"name": "a"}]', "[]", '[{"name":"a","arm":"b","settings":3,"error":null}]']
-)
-def test_an_unreadable_list_of_arms_is_one_failure(tmp_path: Path, content: str) -> None:
-    put(job(tmp_path, "0", ["seed=0"], {"seconds": 1}) / "arms.json", content)
-    (found,) = read_jobs(tmp_path)
-    assert found.error is not None
-    assert found.error.startswith("arms.json: ")
+@pytest.mark.parametrize("content", ["[", '{"arms": []}', '{"arms": [{"name": "..", "arm": "a", "settings": {}}]}'])
+def test_a_list_of_arms_that_cannot_be_trusted_is_one_failure(tmp_path: Path, content: str) -> None:
+    run = job(tmp_path, "0", ["seed=0"], {"seconds": 1})
+    run.arms_file.write_text(content)
+    (entry,) = read_jobs(tmp_path)
+    assert entry.error is not None
+    assert "arms.json" in entry.error
     assert report(tmp_path, []) == 1
 
 
@@ -145,7 +124,7 @@ def test_widest_prefix() -> None:
     assert widest({"loss": 1}) == {"loss": 1}
 
 
-# Intervals ------------------------------------------------------------------------------------------------
+# --- intervals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 12])
@@ -223,7 +202,7 @@ def test_intervals_csv(sweep: Path) -> None:
     assert rows(one / "intervals.csv") == [{"metric": "loss", "n": "1", "mean": "2.0", "low": "", "high": ""}]
 
 
-# The table ------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 
 def test_the_table(sweep: Path, capsys: Capture) -> None:
@@ -267,7 +246,7 @@ def test_names_are_short_unless_two_are_the_same() -> None:
     assert short(["val/ce", "train/ce", "val/fvu"], "/") == ["val/ce", "train/ce", "fvu"]
 
 
-# The figure -----------------------------------------------------------------------------------------------
+# --- the figure -------------------------------------------------------------------------------------------------------
 
 
 def test_the_figure_shows_the_numbers(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,13 +311,10 @@ def test_a_figure_of_nothing_is_one_line(tmp_path: Path, capsys: Capture) -> Non
 
 def test_seeds_of_a_grid_are_seeds(tmp_path: Path) -> None:
     """A family's `grid={seed: …}` is what its intervals are over, within one job."""
-    entries = []
+    run = job(tmp_path, "0", ["tokens=5"], {"seconds": 3})
+    run.write_arms([Arm(f"k2-seed{seed}", "family", {"model.k": 2, "model.seed": seed}) for seed in range(4)])
     for seed in range(4):
-        entries.append({**arm(f"k2-seed{seed}", "family"), "settings": {"model.k": 2, "model.seed": seed}})
-        put(tmp_path / "0" / f"k2-seed{seed}" / "metrics.json", {"truth/mcc": seed / 10})
-    put(tmp_path / "0" / "overrides.json", ["tokens=5"])
-    put(tmp_path / "0" / "arms.json", entries)
-    put(tmp_path / "0" / "metrics.json", {"seconds": 3})
+        run.arm(f"k2-seed{seed}").write_metrics({"truth/mcc": seed / 10})
     assert report(tmp_path, ["truth/mcc"]) == 0
     (row,) = rows(tmp_path / "intervals.csv")
     assert (row["n"], float(row["mean"])) == ("4", pytest.approx(0.15))

@@ -1,228 +1,310 @@
 """Every option of training, in company: gradients, the loss in its plainest form, training, selection, files, resuming.
 
-One list of variants holds every sparsity with every decoder it is allowed, and every other option at least twice.
+One list of variants holds every sparsity with every decoder it is allowed, every other option at least twice, and two
+mechanisms that are defined here alone, each in one class.
 """
 
 import copy
-import inspect
 import math
 from collections import Counter
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from msae.data.activations import Activations, Data
 from msae.data.batches import TrainBatches
 from msae.data.datamodule import ActivationData
-from msae.data.seeds import stream
-from msae.data.source import Chunk, Split
-from msae.data.synthetic import ForestSource
-from msae.sae import AuxK, load_sae, matryoshka_loss, save_sae
-from msae.sae.files import raw_copy
-from msae.training.job import finish
+from msae.evaluation.evaluate import Evaluation
+from msae.interop import dictionary_learning, load, saelens, sparsify
+from msae.runs import Run as RunDirectory
+from msae.runs import flat
+from msae.sae import (
+    DenseCode,
+    MatryoshkaSAE,
+    Objective,
+    Sparsity,
+    batch_topk,
+    encode_for_training,
+    encode_sparse,
+    load_sae,
+    matryoshka_loss,
+    save_sae,
+)
+from msae.sae.fast.code import TrainingCode
+from msae.sae.forms import folded_copy
+from msae.sae.sparsity import Entries, Screen
+from msae.seeds import stream
+from msae.settings import NonNegative, as_plain, decode, keys, settings
+from msae.sources.forest import ForestSource
+from msae.sources.source import Chunk, Split
+from msae.training.job import export
 from msae.training.module import MatryoshkaTraining
+from msae.training.settings import Recipe
 from tests.test_model import same
+from tests.training import differing, everything, merged, module_of, trainer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 D_SAE, PREFIXES, K = 24, [4, 10, 24], 2
 LISTED = [0.5, 2.0, 1.0]
 
+
+class Halves(Sparsity):
+    """BatchTopK within each half of a batch: a mechanism of one method, trained densely, calibrated, exported."""
+
+    name = "halves"
+
+    def select(self, pre: Tensor, k: float, threshold: Tensor) -> Tensor:
+        return torch.cat([batch_topk(part, k) for part in pre.chunk(2)])
+
+
+@settings
+class Soft(Sparsity):
+    """relu(pre − θ) with θ learned, which costs Σ a²: with a setting, a sparse path and inference of its own."""
+
+    name = "soft"
+    threshold_is = "learned"
+    architecture = "soft"
+    start: NonNegative = 0.1
+    """θ of every latent at the start."""
+
+    def first_threshold(self) -> float:
+        return self.start
+
+    def activate(self, pre: Tensor, threshold: Tensor) -> Tensor:
+        return (pre - threshold).relu()
+
+    def select(self, pre: Tensor, k: float, threshold: Tensor) -> Tensor:
+        return self.activate(pre, threshold)
+
+    infer = select
+
+    def penalty(self, entries: Entries, k: float) -> Tensor:
+        return entries.by_row(entries.contribution.square()).mean()
+
+    def active(self, screen: Screen, k: float, threshold: Tensor) -> Any:
+        return screen.above(threshold)
+
+    infer_active = active
+
+
+def jumprelu(threshold_init: float = 0.001) -> dict[str, Any]:
+    return {"name": "jumprelu", "threshold_init": threshold_init, "bandwidth": 0.1}
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "the published recipe": {},
     "bussmann": {
-        "decoder": "unit_norm_before_step", "normalise": "none", "encoder_bias": False, "init": "uniform",
-        "b_dec_init": "zero", "bias_level": True, "reduction": "mean", "error": "mean",
-        "aux": {"k": 5, "detach": False, "normalise": "none"}, "dead_after_steps": 3, "betas": [0.9, 0.99],
+        "decoder": "unit_norm_before_step", "normalise": "none", "encoder_bias": False,
+        "init": {"weights": "uniform", "b_dec": "zero"},
+        "objective": {
+            "bias_level": True, "reduction": "mean", "error": "mean",
+            "aux": {"k": 5, "detach": False, "normalise": "none"},
+        },
+        "dead": {"after_steps": 3}, "adam": {"betas": [0.9, 0.99]},
     },
     "dictionary_learning": {
-        "normalise": "unit_mean_square", "init": "tied_uniform", "b_dec_init": "geometric_median",
-        "reduction": "mean_twice", "aux": {"normalise": "variance"}, "lr": None, "threshold_rate": 0.1,
+        "normalise": "unit_mean_square", "init": {"weights": "tied_uniform", "b_dec": "geometric_median"},
+        "objective": {"reduction": "mean_twice", "aux": {"normalise": "variance"}}, "lr": None, "threshold_rate": 0.1,
     },
     "saelens": {
-        "decoder": "rescaled", "normalise": "none", "init": "tied_uniform", "decoder_init_norm": 0.1,
-        "b_dec_init": "zero", "dead_after_steps": 2, "dead_includes_batch": True,
-        "aux": {"coefficient": 1.0, "normalise": "none", "relu": False, "scale_by_dead": True},
+        "decoder": "rescaled", "normalise": "none",
+        "init": {"weights": "tied_uniform", "decoder_norm": 0.1, "b_dec": "zero"},
+        "dead": {"after_steps": 2, "includes_batch": True},
+        "objective": {"aux": {"coefficient": 1.0, "normalise": "none", "relu": False, "scale_by_dead": True}},
     },
     "batch_topk free, random": {
-        "decoder": "free", "prefix_sampling": "random", "n_prefixes": 4, "resort_rate": 0.05, "balance": 0.75,
-        "apply_b_dec_to_input": False, "init": "normal", "normalise": "unit_rms",
-        "inner_decay": [0.3, 0.7], "inner_end": 0.1, "encoder_decay": 0.1,
+        "decoder": "free", "sampling": {"kind": "random", "n_prefixes": 4}, "resort_rate": 0.05,
+        "objective": {"balance": 0.75}, "apply_b_dec_to_input": False, "init": {"weights": "normal"},
+        "normalise": "unit_rms", "fading": {"between": [0.3, 0.7], "end": 0.1, "encoder_decay": 0.1},
     },
-    "topk, every": {"sparsity": "topk", "prefix_sampling": "every", "reduction": "mean", "orthogonality": 0.25},
+    "topk, every": {
+        "sparsity": "topk", "sampling": {"kind": "every"},
+        "objective": {"reduction": "mean", "terms": {"orthogonality": 0.25}},
+    },
     "topk rescaled, stop": {
-        "sparsity": "topk", "decoder": "rescaled", "stop_gradient": True, "normalise": "centred",
-        "inner_decay": [0.2, 0.6], "inner_end": 0.0, "encoder_decay": 0.01,
-        "aux": {"per_level": True, "k": 2}, "bias_level": True, "encoder_bias": False,
+        "sparsity": "topk", "decoder": "rescaled", "normalise": "centred", "encoder_bias": False,
+        "objective": {"stop_gradient": True, "aux": {"per_level": True, "k": 2}, "bias_level": True},
+        "fading": {"between": [0.2, 0.6], "end": 0.0, "encoder_decay": 0.01},
     },
     "topk of a transcoder": {
-        "sparsity": "topk", "d_out": 7, "normalise": "centred", "reduction": LISTED, "resort_rate": 0.1,
-        "aux": {"detach": False},
+        "sparsity": "topk", "d_out": 7, "normalise": "centred", "resort_rate": 0.1,
+        "objective": {"reduction": LISTED, "aux": {"detach": False}},
     },
     "gemma_scope_2": {
-        "sparsity": "jumprelu", "normalise": "unit_mean_square", "aux": {"coefficient": 0.0}, "betas": [0.0, 0.999],
-        "warmup_shape": "cosine", "warmup_start": 0.1, "sparsity_warmup_steps": 20, "sparsity_weight": 0.1,
+        "sparsity": jumprelu(), "normalise": "unit_mean_square", "objective": {"aux": {"coefficient": 0.0}},
+        "adam": {"betas": [0.0, 0.999]}, "schedule": {"warmup_shape": "cosine", "warmup_start": 0.1},
+        "penalty": {"warmup_steps": 20, "weight": 0.1},
     },
     "jumprelu before the step, random": {
-        "sparsity": "jumprelu", "decoder": "unit_norm_before_step", "prefix_sampling": "random", "balance": 0.5,
-        "b_dec_init": "geometric_median", "sparsity_weight": 0.05, "sparsity_control": 0.01,
-        "aux": {"normalise": "variance", "scale_by_dead": True},
+        "sparsity": jumprelu(), "decoder": "unit_norm_before_step", "sampling": {"kind": "random"},
+        "init": {"b_dec": "geometric_median"}, "penalty": {"weight": 0.05, "control": 0.01},
+        "objective": {"balance": 0.5, "aux": {"normalise": "variance", "scale_by_dead": True}},
     },
     "jumprelu free, sorted": {
-        "sparsity": "jumprelu", "decoder": "free", "decoder_init_norm": 0.5, "resort_rate": 0.05, "error": "mean",
-        "init": "normal", "normalise": "unit_rms", "sparsity_weight": 0.02, "threshold_init": 0.05,
+        "sparsity": jumprelu(0.05), "decoder": "free", "resort_rate": 0.05, "objective": {"error": "mean"},
+        "init": {"weights": "normal", "decoder_norm": 0.5}, "normalise": "unit_rms", "penalty": {"weight": 0.02},
     },
     "jumprelu rescaled, every": {
-        "sparsity": "jumprelu", "decoder": "rescaled", "prefix_sampling": "every", "reduction": "mean",
-        "bias_level": True, "apply_b_dec_to_input": False, "sparsity_weight": 0.05, "threshold_init": 0.05,
+        "sparsity": jumprelu(0.05), "decoder": "rescaled", "sampling": {"kind": "every"},
+        "objective": {"reduction": "mean", "bias_level": True}, "apply_b_dec_to_input": False,
+        "penalty": {"weight": 0.05},
     },
     "jumprelu of a transcoder": {
-        "sparsity": "jumprelu", "d_out": 24, "stop_gradient": True, "reduction": [1.0, *LISTED], "bias_level": True,
-        "sparsity_weight": 0.05, "aux": {"per_level": True, "relu": False},
+        "sparsity": jumprelu(), "d_out": 24, "penalty": {"weight": 0.05},
+        "objective": {
+            "stop_gradient": True, "reduction": [1.0, *LISTED], "bias_level": True,
+            "aux": {"per_level": True, "relu": False},
+        },
     },
     "nabeshima": {
-        "sparsity": "l1", "decoder": "free", "prefix_sampling": "random", "n_prefixes": 5, "reduction": "mean",
-        "normalise": "unit_rms", "apply_b_dec_to_input": False, "init": "normal", "decoder_init_norm": 0.1,
-        "b_dec_init": "zero", "resort_rate": 0.05, "aux": {"coefficient": 0.0}, "sparsity_weight": 0.2,
-        "sparsity_warmup_steps": 0.2, "sparsity_control": 3e-4, "betas": [0.5, 0.9375], "decay_end": 0.1,
+        "sparsity": "l1", "decoder": "free", "sampling": {"kind": "random", "n_prefixes": 5},
+        "objective": {"reduction": "mean", "aux": {"coefficient": 0.0}}, "normalise": "unit_rms",
+        "apply_b_dec_to_input": False, "init": {"weights": "normal", "decoder_norm": 0.1, "b_dec": "zero"},
+        "resort_rate": 0.05, "penalty": {"weight": 0.2, "warmup_steps": 0.2, "control": 3e-4},
+        "adam": {"betas": [0.5, 0.9375]}, "schedule": {"decay_end": 0.1},
     },
     "l1 on unit rows": {
-        "sparsity": "l1", "reduction": LISTED, "orthogonality": 0.1, "orthogonality_chunk": 7,
-        "sparsity_weight": 0.05, "aux": {"scale_by_dead": True, "k": 3}, "lr": None,
+        "sparsity": "l1", "penalty": {"weight": 0.05}, "lr": None,
+        "objective": {
+            "reduction": LISTED, "terms": {"orthogonality": 0.1}, "aux": {"scale_by_dead": True, "k": 3},
+        },
     },
     "l1 before the step": {
-        "sparsity": "l1", "decoder": "unit_norm_before_step", "stop_gradient": True, "encoder_bias": False,
-        "init": "tied_uniform", "sparsity_weight": 0.05, "decay_end": 0.2, "warmup_shape": "cosine",
-        "dead_includes_batch": True,
+        "sparsity": "l1", "decoder": "unit_norm_before_step", "objective": {"stop_gradient": True},
+        "encoder_bias": False, "init": {"weights": "tied_uniform"}, "penalty": {"weight": 0.05},
+        "schedule": {"decay_end": 0.2, "warmup_shape": "cosine"}, "dead": {"includes_batch": True},
     },
     "l1 rescaled, every": {
-        "sparsity": "l1", "decoder": "rescaled", "prefix_sampling": "every", "balance": 0.9, "sparsity_weight": 0.01,
-        "error": "mean", "aux": {"detach": False, "relu": False},
+        "sparsity": "l1", "decoder": "rescaled", "sampling": {"kind": "every"}, "penalty": {"weight": 0.01},
+        "objective": {"balance": 0.9, "error": "mean", "aux": {"detach": False, "relu": False}},
     },
     "log on unit rows": {
-        "sparsity": "log", "prefix_sampling": "random", "reduction": "mean_twice", "sparsity_weight": 0.05,
-        "sparsity_control": 0.01, "sparsity_warmup_steps": 0.5, "normalise": "unit_variance", "warmup_start": 0.5,
+        "sparsity": "log", "sampling": {"kind": "random"}, "objective": {"reduction": "mean_twice"},
+        "penalty": {"weight": 0.05, "control": 0.01, "warmup_steps": 0.5}, "normalise": "unit_variance",
+        "schedule": {"warmup_start": 0.5},
     },
     "log before the step, every": {
-        "sparsity": "log", "decoder": "unit_norm_before_step", "prefix_sampling": "every", "reduction": "mean",
-        "resort_rate": 0.2, "init": "uniform", "sparsity_weight": 0.02,
+        "sparsity": "log", "decoder": "unit_norm_before_step", "sampling": {"kind": "every"},
+        "objective": {"reduction": "mean"}, "resort_rate": 0.2, "init": {"weights": "uniform"},
+        "penalty": {"weight": 0.02},
     },
     "log free, of a transcoder": {
-        "sparsity": "log", "decoder": "free", "d_out": 7, "decoder_init_norm": 0.3, "balance": 0.75,
-        "sparsity_weight": 0.02, "orthogonality": 0.1, "orthogonality_chunk": 7, "normalise": "unit_mean_square",
+        "sparsity": "log", "decoder": "free", "d_out": 7, "init": {"decoder_norm": 0.3},
+        "objective": {"balance": 0.75, "terms": {"orthogonality": 0.1}}, "penalty": {"weight": 0.02},
+        "normalise": "unit_mean_square",
     },
     "log rescaled": {
-        "sparsity": "log", "decoder": "rescaled", "bias_level": True, "apply_b_dec_to_input": False,
-        "sparsity_weight": 0.02, "threshold_rate": 0.1, "sparsity_warmup_steps": 20,
+        "sparsity": "log", "decoder": "rescaled", "objective": {"bias_level": True}, "apply_b_dec_to_input": False,
+        "penalty": {"weight": 0.02, "warmup_steps": 20}, "threshold_rate": 0.1,
     },
+    "a mechanism of one's own": {"sparsity": "halves", "objective": {"balance": 0.5}},
+    "a mechanism of one's own, rescaled": {"sparsity": "halves", "decoder": "rescaled", "normalise": "centred"},
+    "another with settings": {"sparsity": {"name": "soft", "start": 0.2}, "penalty": {"weight": 0.02}},
+    "another, rescaled": {"sparsity": "soft", "decoder": "rescaled", "penalty": {"weight": 0.02}, "resort_rate": 0.1},
 }  # fmt: skip
 variants = pytest.mark.parametrize("name", VARIANTS)
-BOTH = ("bias_level", "stop_gradient", "encoder_bias", "apply_b_dec_to_input", "dead_includes_batch")
+BOTH = (
+    "objective.bias_level", "objective.stop_gradient", "encoder_bias", "apply_b_dec_to_input", "dead.includes_batch",
+    *(f"objective.aux.{key}" for key in ("per_level", "detach", "relu", "scale_by_dead")),
+)  # fmt: skip
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "sparsity": ("batch_topk", "topk", "jumprelu", "l1", "log"),
+    "sparsity": ("batch_topk", "topk", "jumprelu", "l1", "log", "halves", "soft"),
     "decoder": ("unit_norm", "unit_norm_before_step", "free", "rescaled"),
     "normalise": ("none", "unit_mean_square", "unit_rms", "unit_variance", "centred"),
-    "prefix_sampling": ("fixed", "random", "every"),
-    "reduction": ("sum", "mean", "mean_twice"),
-    "init": ("tied", "tied_uniform", "uniform", "normal"),
-    "b_dec_init": ("zero", "mean", "geometric_median"),
-    "error": ("sum", "mean"),
-    "warmup_shape": ("linear", "cosine"),
-    "aux.normalise": ("energy", "variance", "none"),
+    "sampling.kind": ("fixed", "random", "every"),
+    "objective.reduction": ("sum", "mean", "mean_twice"),
+    "init.weights": ("tied", "tied_uniform", "uniform", "normal"),
+    "init.b_dec": ("zero", "mean", "geometric_median"),
+    "objective.error": ("sum", "mean"),
+    "schedule.warmup_shape": ("linear", "cosine"),
+    "objective.aux.normalise": ("energy", "variance", "none"),
     **dict.fromkeys(BOTH, (False, True)),
-    **{f"aux.{key}": (False, True) for key in ("per_level", "detach", "relu", "scale_by_dead")},
 }
 NUMBERS = (  # options with a number: another than the default
-    *("balance", "orthogonality", "orthogonality_chunk", "resort_rate", "decoder_init_norm", "d_out", "n_prefixes"),
-    *("sparsity_weight", "sparsity_warmup_steps", "sparsity_control", "threshold_init", "dead_after_steps", "betas"),
-    *("warmup_start", "decay_end", "threshold_rate", "lr", "aux.coefficient", "aux.k"),
-    *("inner_decay", "inner_end", "encoder_decay"),
-)
-
-
-def flat(settings: dict[str, Any]) -> dict[str, Any]:
-    out = {}
-    for key, value in settings.items():
-        out |= {f"aux.{k}": v for k, v in value.items()} if key == "aux" else {key: value}
-    return out
-
-
-def of_module(name: str, d_in: int = 20, **other: Any) -> MatryoshkaTraining:
-    settings: dict[str, Any] = {"d_sae": D_SAE, "prefixes": PREFIXES, "k": K, "warmup_steps": 5, "lr": 1e-2}
-    settings |= {"dead_after_tokens": 500, "bandwidth": 0.1}
-    return MatryoshkaTraining(d_in, **(settings | VARIANTS[name] | other))
-
-
+    "objective.balance", "objective.terms", "resort_rate", "init.decoder_norm", "d_out", "sampling.n_prefixes",
+    "penalty.weight", "penalty.warmup_steps", "penalty.control", "dead.after_steps", "adam.betas", "lr",
+    "schedule.warmup_start", "schedule.decay_end", "threshold_rate", "objective.aux.coefficient", "objective.aux.k",
+    "fading.between", "fading.end", "fading.encoder_decay",
+)  # fmt: skip
 ALIKE = (
-    "kernels",
-    "d_in",
-    "d_sae",
-    "prefixes",
-    "k",
-    "bandwidth",
-    "dead_after_tokens",
-    "warmup_steps",
-    "decay_start",
-    "grad_clip",
-)
+    "kernels", "d_in", "d_sae", "prefixes", "k", "seed", "dead.after_tokens", "schedule.warmup_steps",
+    "schedule.decay_start", "adam.grad_clip",
+)  # fmt: skip
+
+
+def recipe_of(name: str, *others: dict[str, Any]) -> dict[str, Any]:
+    base = {"d_sae": D_SAE, "prefixes": PREFIXES, "k": K, "lr": 1e-2}
+    return merged(base, {"schedule": {"warmup_steps": 5}, "dead": {"after_tokens": 500}}, VARIANTS[name], *others)
+
+
+def module_named(name: str) -> MatryoshkaTraining:
+    return module_of(20, **recipe_of(name))
 
 
 def test_no_option_is_missing_here() -> None:
-    arguments = {*inspect.signature(MatryoshkaTraining).parameters} - {"aux", "seed"}
-    arguments |= {f"aux.{field.name}" for field in fields(AuxK)}
-    assert {*OPTIONS, *NUMBERS, *ALIKE} == arguments
+    assert {*OPTIONS, *NUMBERS, *ALIKE} == {key.name for key in keys(Recipe)}
+
+
+def options_of(variant: dict[str, Any]) -> dict[str, Any]:
+    """The variant's options by their dotted keys; a mechanism by its name, the terms as one."""
+    sparsity = variant.get("sparsity", "batch_topk")
+    named = variant | {"sparsity": sparsity["name"] if isinstance(sparsity, dict) else sparsity}
+    return {"objective.terms" if "terms" in key else key: value for key, value in flat(named).items()}
 
 
 def test_every_option_is_in_two_variants_at_least() -> None:
-    settings = [flat(v) for v in VARIANTS.values()]
-    defaults = flat(dict(of_module("the published recipe").hparams) | {"aux": vars(AuxK())})
+    defaults = flat(as_plain(decode(Recipe, recipe_of("the published recipe"))))
+    variants = [options_of(variant) for variant in VARIANTS.values()]
     for option, values in OPTIONS.items():
-        found = Counter(str((defaults | s)[option]) for s in settings)
-        assert [value for value in values if found[str(value)] < 2] == [], option
-    assert sum(isinstance(s.get("reduction"), list) for s in settings) >= 2
+        counts = Counter(str((defaults | variant)[option]) for variant in variants)
+        assert [value for value in values if counts[str(value)] < 2] == [], option
+    assert sum(isinstance(variant.get("objective.reduction"), list) for variant in variants) >= 2
     for option in NUMBERS:
-        assert sum(option in s for s in settings) >= 2, option
+        assert sum(option in variant for variant in variants) >= 2, option
     forbidden = {("topk", "free"), ("topk", "unit_norm_before_step")}
-    pairs = {(s, d) for s in OPTIONS["sparsity"] for d in OPTIONS["decoder"]} - forbidden
-    assert {(s.get("sparsity", "batch_topk"), s.get("decoder", "unit_norm")) for s in settings} == pairs
+    pairs = {(s, d) for s in OPTIONS["sparsity"][:5] for d in OPTIONS["decoder"]} - forbidden
+    assert pairs <= {(variant["sparsity"], variant.get("decoder", "unit_norm")) for variant in variants}
     for sparsity, decoder in forbidden:
         with pytest.raises(ValueError, match="cannot be exported"):
-            MatryoshkaTraining(4, 6, [6], 2, sparsity=sparsity, decoder=decoder)
+            module_of(4, 6, [6], 2, sparsity=sparsity, decoder=decoder)
 
 
-# --- gradients -------------------------------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 class Example:
     """A variant away from its start, in float64, on rows of which some latents are dead for AuxK."""
 
-    def __init__(self, name: str, n: int = 40, **other: Any) -> None:
+    def __init__(self, name: str, n: int = 40, other: dict[str, Any] | None = None) -> None:
         generator = torch.Generator().manual_seed(7)
-        module = of_module(name, 5, **({"bandwidth": 0.5} | other)).double()
-        self.sae, self.objective, self.widths = module.sae, module.objective, module._widths(3)
+        recipe = recipe_of(name, other or {})
+        if isinstance(recipe.get("sparsity"), dict) and "bandwidth" in recipe["sparsity"]:
+            recipe["sparsity"] = recipe["sparsity"] | {"bandwidth": 0.5}
+        step = module_of(5, **recipe).step().double()
+        self.sae, self.objective, self.widths = step.sae, step.recipe.objective, step.prefixes(3)
         d_out = self.sae.d_out
         self.x = 3 * torch.randn(n, 5, generator=generator, dtype=torch.float64) + 1
         self.y = torch.randn(n, d_out, generator=generator, dtype=torch.float64) - 2 if d_out != 5 else self.x
-        self.sae.set_statistics(*moments(self.x), normalise=module.normalise, target=moments(self.y))
+        self.sae.set_statistics(*moments(self.x), normalise=step.recipe.normalise, target=moments(self.y))
         with torch.no_grad():
             for parameter in self.sae.parameters():
                 if parameter.requires_grad:
                     move = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                     parameter.add_(0.1 * parameter.abs().mean() * move + 0.05 * move)
-            if self.sae.sparsity == "jumprelu":
+            if self.sae.sparsity.threshold_is == "learned":
                 self.sae.threshold.abs_()
         self.dead = torch.arange(D_SAE) % 5 == 3
 
     def loss(self, **other: Any):
         torch.manual_seed(0)  # orthogonality deals its chunks
-        given = {"prefixes": self.widths, "sparsity_weight": 0.2} | other
-        return matryoshka_loss(self.sae, self.x, self.objective, self.dead, self.y, **given)
+        options = {"prefixes": self.widths, "sparsity_weight": 0.2} | other
+        return matryoshka_loss(self.sae, self.x, self.objective, self.dead, self.y, **options)
 
 
 def moments(x: Tensor) -> tuple[Tensor, float]:
@@ -245,7 +327,7 @@ def test_gradients_reach_every_parameter_of_every_latent_that_fires(name) -> Non
     else:
         assert sae.b_enc.grad is None
         assert not sae.b_enc.any()
-    if sae.sparsity == "jumprelu":
+    if sae.sparsity.threshold_is == "learned":
         assert (sae.threshold.grad != 0).all()
     assert {n for n, p in sae.named_parameters() if p.grad is not None} == {
         n for n, p in sae.named_parameters() if p.requires_grad
@@ -306,27 +388,31 @@ def test_gradients_of_every_variant_equal_finite_differences(name, monkeypatch) 
 def vanilla(example: Example, weight: float) -> Tensor:
     """‖y' − recon‖² + λ penalty + α aux + γ orthogonality, written out for one dictionary of all latents."""
     sae, objective, aux = example.sae, example.objective, example.objective.aux
-    x, y, n = (example.x - sae.mean) * sae.scale, (example.y - sae.target_mean) * sae.target_scale, len(example.x)
+    x, y = (example.x - sae.mean) * sae.scale, (example.y - sae.target_mean) * sae.target_scale
     norm = sae.W_dec.norm(dim=1)
     W_dec = sae.W_dec / norm[:, None] if sae.rescale_acts_by_decoder_norm else sae.W_dec
     pre = (x - sae.b_dec if sae.apply_b_dec_to_input else x) @ sae.W_enc + sae.b_enc
     pre = pre * norm if sae.rescale_acts_by_decoder_norm else pre
-    if sae.sparsity == "batch_topk":
-        active = pre >= pre.flatten().sort(descending=True).values[K * n - 1]
-    elif sae.sparsity == "topk":
+    sparsity, threshold = sae.sparsity.name, sae.threshold.detach()
+    if sparsity in ("batch_topk", "halves"):
+        parts = pre.chunk(2) if sparsity == "halves" else [pre]
+        active = torch.cat([p >= p.flatten().sort(descending=True).values[K * len(p) - 1] for p in parts])
+    elif sparsity == "topk":
         active = pre >= pre.sort(dim=1, descending=True).values[:, K - 1 : K]
     else:
-        active = pre > (sae.threshold.detach() if sae.sparsity == "jumprelu" else 0)
-    acts = torch.where(active & (pre > 0), pre, 0.0)
+        active = pre > (threshold if sparsity in ("jumprelu", "soft") else 0)
+    acts = torch.where(active & (pre > 0), pre - (threshold if sparsity == "soft" else 0), 0.0)
     residual = y - (acts @ W_dec + sae.b_dec)
     share = 1 / sae.d_out if objective.error == "mean" else 1.0
     total = residual.square().sum(1).mean() * share
     paid = acts if sae.rescale_acts_by_decoder_norm else acts * norm
-    if sae.sparsity == "l1":
+    if sparsity == "l1":
         total = total + weight * paid.sum(1).mean()
-    elif sae.sparsity == "log":
+    elif sparsity == "log":
         total = total + weight * (torch.log(paid + 0.1) - math.log(0.1)).sum(1).mean()
-    elif sae.sparsity == "jumprelu":
+    elif sparsity == "soft":
+        total = total + weight * paid.square().sum(1).mean()
+    elif sparsity == "jumprelu":
         total = total + weight * (2 / K * (active.sum(1).double() - K).square()).mean()
     if aux.coefficient:
         e = residual.detach() if aux.detach else residual
@@ -343,18 +429,19 @@ def vanilla(example: Example, weight: float) -> Tensor:
         }[aux.normalise]
         dead_share = min(int(example.dead.sum()) / k, 1) if aux.scale_by_dead else 1
         total = total + aux.coefficient * dead_share * (e - made).square().sum(1).mean() / scale
-    if objective.orthogonality:
+    if weight_of_term := objective.terms.get("orthogonality"):
         cosine = (normalize(sae.W_dec, dim=1) @ normalize(sae.W_dec, dim=1).T).fill_diagonal_(0)
-        total = total + objective.orthogonality * cosine.square().amax(1).mean()
+        total = total + weight_of_term * cosine.square().amax(1).mean()
     return total
 
 
 @variants
 def test_with_one_prefix_every_variant_is_a_vanilla_sae(name) -> None:
-    sampling = "random" if VARIANTS[name].get("prefix_sampling") == "random" else "fixed"
-    reduction = [1.0] if isinstance(VARIANTS[name].get("reduction"), list) else VARIANTS[name].get("reduction", "sum")
-    one = {"prefixes": [D_SAE], "prefix_sampling": sampling, "n_prefixes": 1, "reduction": reduction}
-    example = Example(name, **one, bias_level=False, balance=1.0, orthogonality_chunk=D_SAE)
+    kind = "random" if flat(VARIANTS[name]).get("sampling.kind") == "random" else "fixed"
+    reduction = flat(VARIANTS[name]).get("objective.reduction", "sum")
+    objective = {"bias_level": False, "balance": 1.0, "reduction": [1.0] if isinstance(reduction, list) else reduction}
+    one = {"prefixes": [D_SAE], "sampling": {"kind": kind, "n_prefixes": 1}, "objective": objective}
+    example = Example(name, other=one)
     assert example.widths == [D_SAE]
     ours, plain = example.loss().total, vanilla(example, 0.2)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
@@ -371,10 +458,10 @@ STEPS, BATCH, VAL_ROWS = 60, 128, 20_000
 class Noisy(ForestSource):
     """The tree's rows with noise, so that no two are alike, and at two more hooks what linear maps make of them."""
 
-    hook_names = ("synthetic", "of 7", "of 24")
+    hook_names: ClassVar[list[str]] = ["synthetic", "of 7", "of 24"]
 
-    def d_in(self, hook_name: str) -> int:
-        return {"of 7": 7, "of 24": 24}.get(hook_name, self.features_count)
+    def width(self, hook_name: str = "synthetic") -> int:
+        return {"of 7": 7, "of 24": 24}.get(hook_name, 20)
 
     def truth(self) -> None:
         """None: its features are of the first hook alone."""
@@ -398,7 +485,7 @@ class Watch(L.Callback):
         self.x, self.half = x, half
 
     def on_train_start(self, trainer, module) -> None:
-        if module.sae.sparsity == "batch_topk":
+        if module.sae.sparsity.threshold_is == "calibrated":
             with pytest.raises(ValueError, match="no threshold yet"):
                 module.sae.encode(self.x)
 
@@ -415,18 +502,6 @@ def l0(acts: Tensor) -> float:
     return float((acts > 0).sum(1).double().mean())
 
 
-def everything(trainer: L.Trainer, module: MatryoshkaTraining) -> dict[str, Tensor]:
-    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    for i, moments_ in trainer.optimizers[0].state_dict()["state"].items():
-        state |= {f"adam/{i}/{name}": torch.as_tensor(value).clone() for name, value in moments_.items()}
-    return state
-
-
-def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
-    assert a.keys() == b.keys()
-    return [name for name in a if not same(a[name], b[name])]
-
-
 class Run:
     """One variant, trained as a run does: from the statistics of the shards to the exported directory."""
 
@@ -435,34 +510,36 @@ class Run:
         d_out = VARIANTS[name].get("d_out")
         source = Noisy(rows=6000, val_rows=VAL_ROWS, chunk_rows=3000)
         target = None if d_out is None else f"of {d_out}"
-        self.data = ActivationData(source, BATCH, root=str(root / "shards"), target_hook_name=target)
+        self.data = Activations(Data(source, BATCH, str(root / "shards"), target_hook_name=target))
         self.rows = self.data.shards.activations("val", 0)
-        directory = root / name.replace(" ", "_")
-        self.half, self.exported_to = directory / "half.ckpt", directory / "sae"
+        run = RunDirectory(root / name.replace(" ", "_"))
+        self.half, self.exported_to = run.path / "half.ckpt", run.sae_directory
         self.watch = Watch(self.rows[:1000], self.half)
         self.module = self.new()
         self.trainer = self.fit(self.module, [self.watch])
         self.state = everything(self.trainer, self.module)
-        self.trained = copy.deepcopy(self.module.sae)  # before `finish` folds and calibrates it
-        evaluation = OmegaConf.create({"evaluation": {"calibration_tokens": VAL_ROWS, "ce_sequences": 0}})
-        self.metrics = finish(self.module, self.data, directory, evaluation)
+        self.trained = copy.deepcopy(self.module.sae)  # before `export` folds and calibrates it
+        self.metrics = export(self.module.step(), self.data, run, Evaluation(0, VAL_ROWS))
 
     def new(self) -> MatryoshkaTraining:
-        module, shards, target = of_module(self.name), self.data.shards, self.data.target_shards
+        made, shards, target = module_named(self.name), self.data.shards, self.data.target
         of_target = None if target is None else (target.mean, target.mean_square)
         first = TrainBatches(target or shards, BATCH, 1, 0).batch(0)
-        module.start_from((shards.mean, shards.mean_square), of_target, first)
-        return module
+        made.step().start_from((shards.mean, shards.mean_square), of_target, first)
+        return made
 
     def fit(self, module: MatryoshkaTraining, callbacks: list[L.Callback], checkpoint: Path | None = None) -> L.Trainer:
-        trainer = L.Trainer(
-            accelerator="cpu", devices=1, max_steps=STEPS, max_epochs=-1, val_check_interval=STEPS // 2,
-            check_val_every_n_epoch=None, num_sanity_val_steps=0, limit_val_batches=2, log_every_n_steps=30,
-            logger=DummyLogger(), enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            use_distributed_sampler=False, callbacks=callbacks,
-        )  # fmt: skip
+        trainer = trainer_of(
+            STEPS,
+            val_check_interval=STEPS // 2,
+            check_val_every_n_epoch=None,
+            limit_val_batches=2,
+            log_every_n_steps=30,
+            logger=DummyLogger(),
+            callbacks=callbacks,
+        )
         torch.manual_seed(0)
-        trainer.fit(module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, datamodule=ActivationData(self.data), ckpt_path=checkpoint, weights_only=True)
         assert trainer.global_step == STEPS
         return trainer
 
@@ -487,7 +564,7 @@ def test_training_selects_as_many_latents_as_inference_does(name, trained) -> No
     assert inferred == pytest.approx(selected, rel=0.05)
     assert inferred == pytest.approx(run.metrics[f"val/l0/p{D_SAE}"], rel=1e-3)  # of what was exported
     assert run.metrics["train/k"] == K
-    if sae.sparsity in ("batch_topk", "topk"):
+    if sae.sparsity.name in ("batch_topk", "topk", "halves"):
         assert selected == pytest.approx(K, rel=0.01)
     else:
         assert inferred == selected
@@ -495,7 +572,7 @@ def test_training_selects_as_many_latents_as_inference_does(name, trained) -> No
 
 @variants
 def test_inference_selects_the_latents_that_training_selects(name, trained) -> None:
-    """`finish` folds decoder norms in: that must not change which latents are the largest."""
+    """`export` folds decoder norms in: that must not change which latents are the largest."""
     run = trained(name)
     x = run.rows[VAL_ROWS // 2 :]
     by_training, by_inference = run.trained.select(run.trained.pre(x)) > 0, run.module.sae.encode(x) > 0
@@ -514,7 +591,7 @@ def test_training_reconstructs_more_than_the_mean(name, trained) -> None:
 def test_nothing_is_silently_dense(name, trained) -> None:
     """From the first step on inference is about as sparse as training: BatchTopK has a threshold by then."""
     watch, sae = trained(name).watch, trained(name).module.sae
-    if sae.sparsity in ("batch_topk", "topk"):
+    if sae.sparsity.name in ("batch_topk", "topk", "halves"):
         assert 0 < watch.first_l0 < 2 * K < D_SAE / 2
     else:  # a ReLU at its start: about half of all, and no other number than training's
         assert watch.first_l0 == watch.first_selected < 0.75 * D_SAE
@@ -524,7 +601,7 @@ def test_nothing_is_silently_dense(name, trained) -> None:
 def test_a_trained_variant_is_saved_and_loaded_in_every_bit(name, trained, tmp_path) -> None:
     run = trained(name)
     sae, loaded, x = run.module.sae, load_sae(run.exported_to), run.rows[:500]
-    folded = raw_copy(sae, rescaled=loaded.rescale_acts_by_decoder_norm)
+    folded = folded_copy(sae, rescaled=loaded.rescale_acts_by_decoder_norm)
     kept = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "prefix_thresholds", "scale", "mean")
     assert [n for n in kept if not same(getattr(loaded, n).detach(), getattr(folded, n).detach())] == []
     assert torch.equal(loaded.encode(x), folded.encode(x))
@@ -540,13 +617,13 @@ def test_a_trained_variant_is_saved_and_loaded_in_every_bit(name, trained, tmp_p
 @variants
 def test_a_checkpoint_is_plain_and_goes_on_bit_for_bit(name, trained) -> None:
     run = trained(name)
-    module = MatryoshkaTraining.load_from_checkpoint(run.half, weights_only=True)
-    assert module.hparams == run.module.hparams
+    loaded = MatryoshkaTraining.load_from_checkpoint(run.half, weights_only=True)
+    assert loaded.hparams == run.module.hparams
     at_half = {key: tensor for key, tensor in run.watch.at_half.items() if not key.startswith("adam/")}
-    assert differing(dict(module.state_dict()), at_half) == []
+    assert differing(dict(loaded.state_dict()), at_half) == []
     assert differing(at_half, {key: run.state[key] for key in at_half}) != []
 
-    resumed = of_module(name)
+    resumed = module_named(name)
     trainer = run.fit(resumed, [], run.half)
     assert differing(everything(trainer, resumed), run.state) == []
 
@@ -569,3 +646,43 @@ def test_sorted_latents_are_in_the_order_of_their_use(name, trained) -> None:
     else:
         assert (use.diff() <= 0).all()
         assert use[0] > use[-1]
+
+
+# --- a mechanism of one's own: one class, nothing else ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_a_mechanism_that_says_how_is_computed_by_sparse_work(rescaled) -> None:
+    generator = torch.Generator().manual_seed(3)
+    sae = MatryoshkaSAE(
+        20, 256, [16, 256], 4, sparsity={"name": "soft", "start": 2.0}, rescale_acts_by_decoder_norm=rescaled
+    )
+    x = torch.randn(64, 20, generator=generator)
+    gradients = []
+    for kernels, kind in (("dense", DenseCode), ("plain", TrainingCode)):
+        code = encode_for_training(sae, x, kernels)
+        assert type(code) is kind
+        loss = matryoshka_loss(sae, x, Objective(balance=0.5), code=code, sparsity_weight=0.3)
+        gradients.append((loss.total, *torch.autograd.grad(loss.total, list(sae.parameters()))))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert len(encode_sparse(sae, x, "plain").acts) > 0
+    torch.testing.assert_close(encode_sparse(sae, x, "plain").dense(), sae.encode(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_mechanism_that_does_not_is_computed_densely() -> None:
+    sae = MatryoshkaSAE(20, 256, [16, 256], 4, sparsity="halves")
+    x = torch.randn(64, 20, generator=torch.Generator().manual_seed(3))
+    assert type(encode_for_training(sae, x, "plain")) is DenseCode
+    assert not torch.equal(encode_for_training(sae, x).acts, batch_topk(sae.pre(x), 4))
+
+
+def test_a_mechanism_is_exported_or_refused_in_one_line(trained, tmp_path) -> None:
+    run = trained("a mechanism of one's own")
+    halves, soft = load_sae(run.exported_to), load_sae(trained("another with settings").exported_to)
+    exported = load(dictionary_learning.save(halves, tmp_path / "halves"))  # a threshold is all that it needs
+    torch.testing.assert_close(exported.encode(run.rows[:500]), halves.encode(run.rows[:500]))
+    for save, name in ((saelens.save_training, "training"), (sparsify.save, "sparsify")):
+        with pytest.raises(ValueError, match=r"^[^\n]*sparsity=halves[^\n]*$"):
+            save(halves, tmp_path / name)
+    with pytest.raises(ValueError, match=r"^dictionary_learning has no soft SAEs[^\n]*$"):
+        dictionary_learning.save(soft, tmp_path / "soft")

@@ -1,4 +1,4 @@
-"""The training steps that others publish, as their own trainers take them, on the data and from the weights of all.
+"""The training steps that others publish, as their own trainers take them, from the same rows and weights.
 
 Nothing here imports msae, so it runs where the published packages are installed and msae is not.
 """
@@ -6,6 +6,7 @@ Nothing here imports msae, so it runs where the published packages are installed
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of a step. dead: the share of the latents that is dead, which turns AuxK on. lr: so small that weights
-    stay almost where they are."""
+    """Sizes of a step; `dead` is the share of the latents that is dead, which turns AuxK on.
+
+    `lr` is so small that weights stay almost where they are.
+    """
 
     d_in: int
     d_sae: int
@@ -41,7 +44,7 @@ class Settings:
 
 
 class Start(NamedTuple):
-    """What all begin with: rows x [batch, d_in], W_dec [d_sae, d_in], W_enc [d_in, d_sae], b_dec, dead [d_sae]."""
+    """The start of all methods: rows x [batch, d_in], W_dec [d_sae, d_in], W_enc [d_in, d_sae], b_dec, dead [d_sae]."""
 
     x: Tensor
     W_dec: Tensor
@@ -59,7 +62,7 @@ class Step(NamedTuple):
     optimizer: Any
 
 
-def start(s: Settings) -> Start:
+def make_start(s: Settings) -> Start:
     """Rows like activations: 20 of 1024 directions each, by exponential amounts, some noise and a mean.
 
     Encoder and decoder have the same random directions. The dead are spread over all prefixes; their encoder columns
@@ -83,14 +86,14 @@ def start(s: Settings) -> Start:
 
 
 @torch.no_grad()
-def begin(module: nn.Module, given: Start) -> dict[str, nn.Parameter]:
+def begin(module: nn.Module, start: Start) -> dict[str, nn.Parameter]:
     """Give a module with our names these weights."""
     for name in ("W_enc", "W_dec", "b_dec"):
-        getattr(module, name).copy_(getattr(given, name))
+        getattr(module, name).copy_(getattr(start, name))
     return dict(module.named_parameters())
 
 
-def saelens(s: Settings, given: Start) -> Step:
+def saelens(s: Settings, start: Start) -> Step:
     """SAETrainer.step and what `fit` does around it; defaults, no logging."""
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.saes.matryoshka_batchtopk_sae import (
@@ -101,7 +104,7 @@ def saelens(s: Settings, given: Start) -> Step:
 
     config = MatryoshkaBatchTopKTrainingSAEConfig(d_in=s.d_in, d_sae=s.d_sae, matryoshka_widths=s.prefixes, k=s.k)
     sae = MatryoshkaBatchTopKTrainingSAE(config)
-    parameters = begin(sae, given)
+    parameters = begin(sae, start)
     trainer = SAETrainer(
         SAETrainerConfig(
             total_training_samples=10**9,
@@ -114,18 +117,18 @@ def saelens(s: Settings, given: Start) -> Step:
         sae,
         iter(()),
     )
-    trainer.n_forward_passes_since_fired[given.dead] = s.dead_after_steps + 1
+    trainer.n_forward_passes_since_fired[start.dead] = s.dead_after_steps + 1
 
     def run() -> tuple[float, float]:
         trainer.maybe_reset_sparsity()
-        output = trainer.step(given.x)
+        output = trainer.step(start.x)
         trainer.n_training_steps += 1
         return float(output.loss.detach()), float(output.losses["auxiliary_reconstruction_loss"].detach())
 
     return Step(run, lambda: trainer.dead_neurons, parameters, trainer.optimizer)
 
 
-def dictionary_learning(s: Settings, given: Start) -> Step:
+def dictionary_learning(s: Settings, start: Start) -> Step:
     """MatryoshkaBatchTopKTrainer.update; defaults, after the first 1000 steps, so that it moves its threshold."""
     from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
 
@@ -133,11 +136,11 @@ def dictionary_learning(s: Settings, given: Start) -> Step:
     options = {"group_fractions": fractions, "lr": s.lr, "warmup_steps": 0, "device": "cpu"}
     trainer = MatryoshkaBatchTopKTrainer(10**6, s.d_in, s.d_sae, s.k, 0, "none", **options)
     assert trainer.group_sizes == [b - a for a, b in pairwise([0, *s.prefixes])]
-    parameters = begin(trainer.ae, given)
-    trainer.num_tokens_since_fired[given.dead] = DEAD_AFTER_TOKENS
+    parameters = begin(trainer.ae, start)
+    trainer.num_tokens_since_fired[start.dead] = DEAD_AFTER_TOKENS
 
     def run() -> tuple[float, float]:
-        loss = trainer.update(trainer.threshold_start_step + 1, given.x)
+        loss = trainer.update(trainer.threshold_start_step + 1, start.x)
         auxiliary = trainer.pre_norm_auxk_loss  # a tensor, or -1 where it is off
         return loss, float(auxiliary.detach()) if isinstance(auxiliary, Tensor) else 0.0
 
@@ -147,7 +150,7 @@ def dictionary_learning(s: Settings, given: Start) -> Step:
     return Step(run, dead, parameters, trainer.optimizer)
 
 
-def sparsify(s: Settings, given: Start, adam: bool = False) -> Step:
+def sparsify(s: Settings, start: Start, adam: bool = False) -> Step:
     """SparseCoder in the order of `Trainer.fit`, which is one function and needs a language model; TopK, one prefix.
 
     Its decoder is the one without Triton. AuxK by 1/32 where latents are dead (its default is none). Its optimizer is
@@ -162,9 +165,9 @@ def sparsify(s: Settings, given: Start, adam: bool = False) -> Step:
     assert decoder_impl.__name__ == "eager_decode"
     sae = SparseCoder(s.d_in, SparseCoderConfig(num_latents=s.d_sae, k=s.k))
     with torch.no_grad():
-        sae.encoder.weight.copy_(given.W_enc.T)
-        sae.W_dec.copy_(given.W_dec)
-        sae.b_dec.copy_(given.b_dec)
+        sae.encoder.weight.copy_(start.W_enc.T)
+        sae.W_dec.copy_(start.W_dec)
+        sae.b_dec.copy_(start.b_dec)
     optimizer: Any
     if adam:
         optimizer = torch.optim.Adam(sae.parameters(), lr=s.lr)
@@ -172,17 +175,17 @@ def sparsify(s: Settings, given: Start, adam: bool = False) -> Step:
         optimizer = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=s.lr), momentum=0.95)
         optimizer.train()
     alpha = 1 / 32 if s.dead else 0.0
-    silent = torch.where(given.dead, DEAD_AFTER_TOKENS + 1, 0)
-    fired = torch.zeros_like(given.dead)
+    silent = torch.where(start.dead, DEAD_AFTER_TOKENS + 1, 0)
+    fired = torch.zeros_like(start.dead)
 
     def run() -> tuple[float, float]:
         sae.set_decoder_norm_to_unit_norm()
         mask = silent > DEAD_AFTER_TOKENS if alpha else None
-        variance = (given.x - given.x.mean(0)).pow(2).sum()
-        out = sae(x=given.x, y=given.x, dead_mask=mask, total_variance=variance)
+        variance = (start.x - start.x.mean(0)).pow(2).sum()
+        out = sae(x=start.x, y=start.x, dead_mask=mask, total_variance=variance)
         fired[out.latent_indices.flatten()] = True
         loss = out.fvu + alpha * out.auxk_loss + out.multi_topk_fvu / 8
-        found = float(loss.detach()), float(out.auxk_loss.detach())
+        losses = float(loss.detach()), float(out.auxk_loss.detach())
         loss.backward()
         sae.remove_gradient_parallel_to_decoder_directions()
         optimizer.step()
@@ -190,26 +193,26 @@ def sparsify(s: Settings, given: Start, adam: bool = False) -> Step:
         silent.add_(s.batch)
         silent[fired] = 0
         fired.zero_()
-        return found
+        return losses
 
     parameters = dict(sae.named_parameters()) | {"W_enc": sae.encoder.weight}
     del parameters["encoder.weight"]
     return Step(run, lambda: silent > DEAD_AFTER_TOKENS, parameters, optimizer)
 
 
-def bussmann(s: Settings, given: Start) -> Step:
+def bussmann(s: Settings, start: Start) -> Step:
     """The step of bartbussmann/matryoshka_sae written out densely from its description; it is no package.
 
     L = mean over b_dec alone and every prefix of E(x − recon)² averaged over d_in, + 1/32 of AuxK's: the 512 largest
     dead latents reconstruct the residual, which is not detached. No encoder bias. Clipping at 1e5, then unit rows and
     the projection, then Adam(0.9, 0.99); a threshold's average from 0 by 0.01; batches since each latent fired.
     """
-    W_enc, W_dec, b_dec = (nn.Parameter(t.clone()) for t in (given.W_enc, given.W_dec, given.b_dec))
+    W_enc, W_dec, b_dec = (nn.Parameter(t.clone()) for t in (start.W_enc, start.W_dec, start.b_dec))
     optimizer = torch.optim.Adam([W_enc, W_dec, b_dec], lr=s.lr, betas=(0.9, 0.99))
-    silent = torch.where(given.dead, s.dead_after_steps, 0)
+    silent = torch.where(start.dead, s.dead_after_steps, 0)
     threshold = torch.zeros(())
     sizes = [b - a for a, b in pairwise([0, *s.prefixes])]
-    x = given.x
+    x = start.x
 
     def run() -> tuple[float, float]:
         positive = ((x - b_dec) @ W_enc).relu()
@@ -232,7 +235,7 @@ def bussmann(s: Settings, given: Start) -> Step:
             codes = torch.zeros_like(candidates).scatter(1, largest.indices, largest.values)
             error = (x - recon - codes @ W_dec[dead]).square().mean()
             loss, auxiliary = loss + error / 32, float(error.detach())
-        found = float(loss.detach()), auxiliary
+        losses = float(loss.detach()), auxiliary
         loss.backward()
         torch.nn.utils.clip_grad_norm_([W_enc, W_dec, b_dec], 100_000)
         with torch.no_grad():
@@ -241,12 +244,10 @@ def bussmann(s: Settings, given: Start) -> Step:
             W_dec.grad.sub_((W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec)
         optimizer.step()
         optimizer.zero_grad()
-        return found
+        return losses
 
     parameters = {"W_enc": W_enc, "W_dec": W_dec, "b_dec": b_dec}
     return Step(run, lambda: silent >= s.dead_after_steps, parameters, optimizer)
 
 
-def sparsify_adam(s: Settings, given: Start) -> Step:
-    """`sparsify` with Adam."""
-    return sparsify(s, given, adam=True)
+sparsify_adam = partial(sparsify, adam=True)

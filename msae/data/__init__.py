@@ -1,1 +1,1 @@
-"""Activations on disk: sources, harvest, shards, batches."""
+"""Activations on disk: harvest, shards, row order, batches."""

@@ -16,7 +16,6 @@ not is made again from the state before it, and refused if it comes out other th
 import atexit
 import math
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -39,26 +38,28 @@ from msae.data.harvest import (
     remove_stale,
     write_manifests,
 )
-from msae.data.shards import MANIFEST, TRUTH, Shards, checksum, read_manifest, write_json
-from msae.data.source import Chunk, Source
-from msae.data.windows import END, WindowOrder, Windows, read_number
-from msae.progress import progress
-from msae.ranks import is_other_rank
+from msae.data.shards import MANIFEST, TRUTH, Shards, read_manifest
+from msae.data.windows import END, RollingShards, WindowOrder, Windows, read_number
+from msae.files import LOCK, checksum, write_json
+from msae.progress import is_other_rank, progress, say
+from msae.sources.source import Chunk, Source
 
 POLL = 0.02
 HEADER = 1024  # bytes of a shard that are not rows, at most
 
 
-def roll(source: Source, hook_names: list[str], root: str | Path, gb: float, show: bool = True) -> dict[str, Shards]:
+def roll(
+    source: Source, hook_names: list[str], root: str | Path, gb: float, show: bool = True
+) -> "tuple[dict[str, Shards], Rolling | None]":
     """Open the hooks' shards for training with at most `gb` GB of them on disk, once their first window is whole.
 
-    A whole harvest of the same rows is used instead if it is there. The process holds the directories' locks until
-    `Rolling.close`; the other ranks of its run wait for what it writes. Raises ValueError in one line for a budget that
-    is too small, another run that has the lock, or windows of another size.
+    A whole harvest of the same rows is used instead if it is there, and then nothing rolls. The process holds the
+    directories' locks until `Rolling.close`; the other ranks of its run wait for what it writes. Raises ValueError in
+    one line for a budget that is too small, another run that has the lock, or windows of another size.
     """
     whole = {hook: directory_of(source, hook, root) for hook in hook_names}
     if all(is_whole(directory) for directory in whole.values()):
-        return {hook: Shards(directory) for hook, directory in whole.items()}
+        return {hook: Shards(directory) for hook, directory in whole.items()}, None
     directories = {hook: directory.with_name(directory.name + "-rolling") for hook, directory in whole.items()}
     window, lock = 0, None
     if not is_other_rank():
@@ -69,7 +70,7 @@ def roll(source: Source, hook_names: list[str], root: str | Path, gb: float, sho
         lock.enter_context(locked(list(directories.values()), wait=False))
     rolling = Rolling(source, directories, window, gb * GB, lock)
     try:
-        return rolling.open(show)
+        return rolling.open(show), rolling
     except BaseException:
         rolling.close()
         raise
@@ -99,7 +100,7 @@ class Rolling:
     ) -> None:
         self.source, self.directories, self.budget, self.lock = source, directories, budget, lock
         self.known = Windows(directories, window)
-        self.place = self.known.place
+        self.common = self.known.common
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -107,7 +108,7 @@ class Rolling:
         self._start = self._reading = self._turn = 0  # turns: the first of this reading, that of the reader, and made
         self._world = 1
 
-    # Reading --------------------------------------------------------------------------------------------------------
+    # Reading ----------------------------------------------------------------------------------------------------------
 
     def order(self, seed: int, rank: int, world: int) -> WindowOrder:
         """The order in which this rank reads."""
@@ -123,7 +124,7 @@ class Rolling:
             if self._error is not None:
                 raise self._error
             if not alive:
-                raise ValueError(f"the harvest into {self.place} has stopped; resume with the same command")
+                raise ValueError(f"the harvest into {self.common} has stopped; resume with the same command")
             time.sleep(POLL)
 
     def _alive(self, rank: int) -> bool:
@@ -132,19 +133,19 @@ class Rolling:
             waits = rank > 0 and not self._stop.is_set()  # for the first rank to begin
             return waits or (self._thread is not None and self._thread.is_alive())
         try:
-            with FileLock(self.place / ".lock", timeout=0):
+            with FileLock(self.common / LOCK, timeout=0):
                 return False
         except Timeout:
             return True
 
-    def reads(self, turn: int, rank: int) -> None:
+    def mark_read(self, turn: int, rank: int) -> None:
         """Note that this rank has read all windows before this one."""
         if rank == 0:
             self._reading = turn
         else:
-            write_json(self.place / f"rank-{rank}", {"turn": turn})
+            write_json(self.common / f"rank-{rank}", {"turn": turn})
 
-    # Making ---------------------------------------------------------------------------------------------------------
+    # Making -----------------------------------------------------------------------------------------------------------
 
     def open(self, show: bool) -> dict[str, Shards]:
         """The hooks' shards, once the first window has been made."""
@@ -153,7 +154,7 @@ class Rolling:
             time.sleep(POLL)
         made = all(path.exists() for path in manifests)
         for path in filter(Path.exists, manifests):
-            window = read_manifest(path.parent).get("window", 0)
+            window = read_manifest(path.parent).window or 0
             if self.lock is None:
                 self.known.window = window
             elif window != self.known.window:
@@ -165,16 +166,16 @@ class Rolling:
             remove_stale(self.directories)
             self._discard_damaged()
             self._first_window(("val",) if made else ("train", "val"), made, show)
-        self.known.shards = {hook: Shards(directory, self) for hook, directory in self.directories.items()}
-        self.known.learn()
-        return self.known.shards
+        self.known.shards = {h: RollingShards(directory, self.order) for h, directory in self.directories.items()}
+        self.known.take_in_next()
+        return dict(self.known.shards)
 
     def _discard_damaged(self) -> None:
         """Delete what a killed process may have left beside its record."""
         for directory in self.directories.values():
             for path in directory.glob("train-*.safetensors"):
-                record = read_record(directory, number_of(path)) or {"shards": []}
-                if checksum(path) not in [e["xxh3"] for e in record["shards"] if e["split"] == "train"]:
+                record = read_record(directory, number_of(path))
+                if record is None or checksum(path) not in [e.xxh3 for e in record.shards if e.split == "train"]:
                     path.unlink()
 
     def _first_window(self, splits: tuple[str, ...], made: bool, show: bool) -> None:
@@ -182,10 +183,9 @@ class Rolling:
         records: dict[str, list[Record]] = {hook: [] for hook in self.directories}
         rows = self.known.window * self.source.most_rows()[0]
         if show and not made:
-            print(
+            say(
                 f"harvest: windows of {self.known.window} chunks, up to {rows:,} rows each, while training reads; "
-                f"at most {self.budget / GB:g} GB of shards at once in {self.place}",
-                file=sys.stderr,
+                f"at most {self.budget / GB:g} GB of shards at once in {self.common}"
             )
         with progress(rows, f"harvest {self.source.name}", disable=not show or made) as bar:
             numbers = range(self.known.window)
@@ -194,7 +194,7 @@ class Rolling:
             ):
                 for hook, record in written.items():
                     records[hook].append(record)
-                bar.update(sum(entry["rows"] for entry in record["shards"] if entry["split"] == "train"))
+                bar.update(record.rows("train"))
         done = len(next(iter(records.values())))
         if not made:
             write_manifests(self.source, self.directories, records, self.known.window)
@@ -203,13 +203,13 @@ class Rolling:
 
     def _end(self, chunks: int) -> None:
         """Note that the source has ended. Raises ValueError if it did not end there the last time."""
-        known = read_number(self.place / END, "chunks")
+        known = read_number(self.common / END, "chunks")
         if known is None:
-            write_json(self.place / END, {"chunks": chunks})
+            write_json(self.common / END, {"chunks": chunks})
         elif known != chunks:
             raise ValueError(
-                f"{self.source.name} ended after {chunks} chunks, not after {known} as {self.place / END} says, so it "
-                f"gives other rows than before; delete {self.place} and start a new run"
+                f"{self.source.name} ended after {chunks} chunks, not after {known} as {self.common / END} says, so it "
+                f"gives other rows than before; delete {self.common} and start a new run"
             )
 
     @contextmanager
@@ -221,7 +221,7 @@ class Rolling:
         assert self._thread is None or not self._thread.is_alive(), "one reading at a time"
         epoch, window = self.known.find(start) or (0, len(self.known.stops))
         for other in range(1, world):  # of the reading before
-            (self.place / f"rank-{other}").unlink(missing_ok=True)
+            (self.common / f"rank-{other}").unlink(missing_ok=True)
         self._start = self._reading = self._turn = self.known.turn(epoch, window)
         self._error, self._asked, self._world = None, {}, world
         self._stop.clear()
@@ -268,7 +268,7 @@ class Rolling:
         def numbers() -> Iterator[int]:
             nonlocal enough
             for number in count(first) if self.known.chunks is None else range(first, self.known.chunks):
-                self.known.learn()
+                self.known.take_in_next()
                 window = number // self.known.window
                 self._turn = self._asked[window] = self.known.turn(epoch, window)
                 before = self.known.stops[window - 1] if 0 < window <= len(self.known.stops) else 0
@@ -278,23 +278,22 @@ class Rolling:
                     raise Stopped
                 yield number
 
-        record = read_record(self.place, first - 1) if first else {"state": None}
-        if record is None:
-            raise ValueError(f"{self.place} has lost the record of chunk {first - 1}; delete it and start a new run")
-        for _ in each_chunk(
-            self.source, self.directories, numbers(), self.known.found, self._make_room, record["state"]
-        ):
+        record = read_record(self.common, first - 1) if first else None
+        if first and record is None:
+            raise ValueError(f"{self.common} has lost the record of chunk {first - 1}; delete it and start a new run")
+        state = None if record is None else record.state
+        for _ in each_chunk(self.source, self.directories, numbers(), self.known.found, self._make_room, state):
             done += 1
         if not enough:
             self._end(done)
-            while self.known.learn():
+            while self.known.take_in_next():
                 pass
         return enough
 
     def _make_room(self, number: int, chunk: Chunk) -> Chunk:
         """What of a chunk is to be written, once that fits the budget."""
         wanted = {"train"}
-        if number < self.known.window and None in self.known.found(number, ("val",)).values():
+        if number < self.known.window and self.known.found(number, ("val",)).keys() != self.directories.keys():
             wanted.add("val")
         splits = {split: rows for split, rows in chunk.splits.items() if split in wanted}
         need, (most, _) = 0, self.source.most_rows()
@@ -331,7 +330,7 @@ class Rolling:
         return True
 
     def _read_by(self, rank: int) -> int:
-        found = read_number(self.place / f"rank-{rank}", "turn")
+        found = read_number(self.common / f"rank-{rank}", "turn")
         return self._start if found is None else found
 
 

@@ -6,21 +6,55 @@ Windows are numbered within an epoch; a turn counts them through the epochs.
 import json
 import threading
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import numpy as np
 import xxhash
 from torch import Tensor
 
-from msae.data.batches import Pool, RowOrder
-from msae.data.harvest import Record, is_complete, read_record
-from msae.data.shards import Shards
-
-if TYPE_CHECKING:
-    from msae.data.rolling import Rolling
+from msae.data.harvest import Record, find_chunk, read_record
+from msae.data.order import Pool, RowOrder, ShardOrder
+from msae.data.shards import ShardEntry, Shards
 
 END = "end.json"
+
+
+class RollingShards(Shards):
+    """Shards of which training rows come and go; `make_order` gives the order in which they are read."""
+
+    is_partial = True
+
+    def __init__(self, directory: Path, make_order: Callable[[int, int, int], RowOrder]) -> None:
+        self.make_order = make_order
+        super().__init__(directory)
+
+    def order(self, seed: int, rank: int, world: int) -> RowOrder:
+        """The order window by window."""
+        return self.make_order(seed, rank, world)
+
+    def append(self, split: str, entries: list[ShardEntry]) -> None:
+        """Take in shards that were made since the opening."""
+        self.entries[split] += entries
+        self.first[split] = np.cumsum([0, *self.rows(split)])
+
+
+class Maker(Protocol):
+    """Who makes windows while they are read (`msae.data.rolling.Rolling`)."""
+
+    known: "Windows"
+
+    def wait(self, start: int, rank: int) -> tuple[int, int]:
+        """Epoch and window of this place, once the window is on disk."""
+
+    def mark_read(self, turn: int, rank: int) -> None:
+        """Note that this rank has read all windows before this one."""
+
+    def ahead(self, start: int, stop: int, rank: int, world: int) -> AbstractContextManager[None]:
+        """While this lasts, the windows of rows start … stop are made."""
 
 
 class Windows:
@@ -32,13 +66,13 @@ class Windows:
 
     def __init__(self, directories: dict[str, Path], window: int) -> None:
         self.directories, self.window = directories, window
-        self.place = next(iter(directories.values()))  # of what is written once and not for each hook
-        self.shards: dict[str, Shards] = {}  # told of every window
+        self.common = next(iter(directories.values()))  # where what is not of one hook is written
+        self.shards: dict[str, RollingShards] = {}
         self.chunks: int | None = None
         self.sizes: list[list[int]] = []
         self.stops: list[int] = []
         self._digests: list[str] = []  # of the checksums of all chunks up to and with each window
-        self._knowing = threading.Lock()
+        self._taking_in = threading.Lock()
 
     @property
     def count(self) -> int | None:
@@ -55,11 +89,11 @@ class Windows:
         first, stop = window * self.window, (window + 1) * self.window
         return range(first, stop if self.chunks is None else min(stop, self.chunks))
 
-    def learn(self) -> bool:
+    def take_in_next(self) -> bool:
         """Take in the next window if all of its chunks have been made."""
-        with self._knowing:
+        with self._taking_in:
             if self.chunks is None:
-                self.chunks = read_number(self.place / END, "chunks")
+                self.chunks = read_number(self.common / END, "chunks")
             numbers = self.numbers(len(self.stops))
             records: dict[str, list[Record]] = {hook: [] for hook in self.directories}
             for number in reversed(numbers):  # the last is missing longest
@@ -72,18 +106,18 @@ class Windows:
                 return False
             checksums = self._digests[-1] if self._digests else ""
             for hook, found in records.items():
-                entries = [entry for record in found for entry in record["shards"] if entry["split"] == "train"]
+                entries = [entry for record in found for entry in record.shards if entry.split == "train"]
                 self.shards[hook].append("train", entries)
-                checksums += "".join(entry["xxh3"] for entry in entries)
+                checksums += "".join(entry.xxh3 for entry in entries)
             self._digests.append(xxhash.xxh3_64_hexdigest(checksums.encode()))
-            self.sizes.append([entry["rows"] for entry in entries])
+            self.sizes.append([entry.rows for entry in entries])
             self.stops.append((self.stops[-1] if self.stops else 0) + sum(self.sizes[-1]))
             return True
 
     def find(self, start: int) -> tuple[int, int] | None:
         """Epoch and window of this place of the endless sequence of rows, None as long as that is not known."""
         while (total := self.total) is None and (not self.stops or start >= self.stops[-1]):
-            if not self.learn():
+            if not self.take_in_next():
                 return None
         epoch, row = (0, start) if total is None else divmod(start, total)
         return epoch, bisect_right(self.stops, row)
@@ -101,22 +135,21 @@ class Windows:
 
     def is_there(self, window: int) -> bool:
         """Whether all of a window's rows are on disk."""
-        return all(None not in self.found(number).values() for number in self.numbers(window))
+        return all(self.found(number).keys() == self.directories.keys() for number in self.numbers(window))
 
-    def found(self, number: int, splits: tuple[str, ...] = ("train",)) -> dict[str, Record | None]:
-        """The records of a chunk's hooks, None where there is none, or shards of these splits are missing."""
-        records = {hook: read_record(directory, number) for hook, directory in self.directories.items()}
-        return {h: r if r and is_complete(self.directories[h], r, splits) else None for h, r in records.items()}
+    def found(self, number: int, splits: tuple[str, ...] = ("train",)) -> dict[str, Record]:
+        """The records of a chunk's hooks, without those of which shards of these splits are missing."""
+        return find_chunk(self.directories, number, splits)
 
 
 class WindowOrder:
-    """The endless sequence of row numbers in which training reads a rolling harvest: `RowOrder` window by window.
+    """The endless sequence of row numbers in which training reads a rolling harvest: `ShardOrder` window by window.
 
     Every row comes once an epoch, mixed with those of its window. A place's rows are a pure function of (seed, the
     rows of the windows, place), known once its window has been made; `parts` waits for that.
     """
 
-    def __init__(self, rolling: "Rolling", seed: int, rank: int, world: int) -> None:
+    def __init__(self, rolling: Maker, seed: int, rank: int, world: int) -> None:
         self.rolling, self.known, self.seed, self.rank, self.world = rolling, rolling.known, seed, rank, world
         self._within = lru_cache(4)(self._make)
         self._there = self._read = (-1, -1)  # epoch and window: the last waited for, the last read
@@ -141,7 +174,7 @@ class WindowOrder:
         epoch, window, number = pool
         if self._read != (epoch, window):
             self._read = (epoch, window)
-            self.rolling.reads(self.known.turn(epoch, window), self.rank)
+            self.rolling.mark_read(self.known.turn(epoch, window), self.rank)
         order, first = self._within(window)
         starts, stops = order.blocks((epoch, number))
         return starts + first, stops + first
@@ -151,8 +184,8 @@ class WindowOrder:
         total = self.known.total
         return (0, start) if total is None else divmod(start, total)
 
-    def fixed(self, start: int) -> dict[str, Any]:
-        """As `RowOrder.fixed`; what was read is known by its checksums."""
+    def depends_on(self, start: int) -> dict[str, Any]:
+        """As `RowOrder.depends_on`; what was read is known by its checksums."""
         order, _ = self._within(0)
         windows = f"{order.block}x{order.pool} in windows of {self.known.window} chunks"
         return {"row_order": windows, "chunks_read": self.known.digest(start)}
@@ -162,10 +195,10 @@ class WindowOrder:
         self._there = self._read = (-1, -1)
         return self.rolling.ahead(start, stop, self.rank, self.world)
 
-    def _make(self, window: int) -> tuple[RowOrder, int]:
+    def _make(self, window: int) -> tuple[ShardOrder, int]:
         """The order within a window, and its first row."""
         first = self.known.stops[window - 1] if window else 0
-        return RowOrder(self.known.sizes[window], f"{self.seed}/window/{window}"), first
+        return ShardOrder(self.known.sizes[window], f"{self.seed}/window/{window}"), first
 
 
 def read_number(path: Path, key: str) -> int | None:

@@ -1,1 +1,1 @@
-"""What a trained SAE is worth: reconstruction, language-model loss, and the truth where it is known."""
+"""Figures of a trained SAE: reconstruction, the language model's loss, and the truth where it is known."""

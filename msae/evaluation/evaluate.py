@@ -1,103 +1,124 @@
-"""Everything measured about one exported SAE, on held-out rows that its threshold has not seen."""
+"""Measures one SAE on held-out rows that its threshold has not seen."""
 
-import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from msae.data.batches import ValBatches, as_pair
-from msae.data.bridge import load_bridge
-from msae.data.language_model import LanguageModelSource
+from msae.data.batches import Batch, ValBatches, as_pair
 from msae.data.shards import Shards
-from msae.data.source import Source
 from msae.evaluation.language_model import Reconstruct, can_replace, cross_entropy_recovered
-from msae.evaluation.reconstruction import ReconstructionSums
+from msae.evaluation.reconstruction import reconstruction_metrics
 from msae.evaluation.truth import truth_metrics
-from msae.progress import progress
+from msae.progress import progress, say
 from msae.sae import MatryoshkaSAE, quantile_thresholds
+from msae.settings import Count, Natural, settings
+from msae.sources.language_model import LanguageModelSource
+from msae.sources.source import Source
+
+
+@settings
+class Evaluation:
+    """How much data calibration and evaluation read."""
+
+    ce_sequences: Natural = 64
+    """Held-out sequences for the cross-entropies; 0: none."""
+    calibration_tokens: Count = 262_144
+    """Held-out rows on which thresholds are calibrated, at most half of them."""
+
+
+@dataclass
+class HeldOut:
+    """Held-out rows from `start` on, the source that made them, and a transcoder's `target` of the same rows."""
+
+    shards: Shards
+    source: Source | None = None
+    start: int = 0
+    batch_tokens: int = 4096
+    ce_sequences: int = 0
+    target: Shards | None = None
+
+    def batches(self) -> ValBatches:
+        """The rows, or pairs (x, y)."""
+        return ValBatches(self.shards, self.batch_tokens, start=self.start, target=self.target)
+
+
+def with_progress(batches: ValBatches, name: str) -> Iterator[Batch]:
+    """The batches, counted by a progress bar."""
+    with progress(batches.tokens, name) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch if isinstance(batch, Tensor) else batch[0]))
 
 
 @torch.no_grad()
 def calibrate(sae: MatryoshkaSAE, batches: ValBatches) -> None:
-    """Set the thresholds so that exactly k latents a token are active, on average over these held-out rows.
+    """Set the thresholds so that k latents a token are active, on average over these held-out rows.
 
-    `threshold` for all latents together, `prefix_thresholds` for each prefix alone. An SAE that selects while training
-    as it does at inference (`topk`, a ReLU, JumpReLU) keeps what it has.
+    `threshold` is for all latents together, `prefix_thresholds` for each prefix alone. Does nothing for a sparsity
+    whose threshold is not a calibrated one.
     """
-    if sae.sparsity != "batch_topk":
+    if sae.sparsity.threshold_is != "calibrated":
         return
-    with progress(batches.tokens, "calibrate") as bar:
-
-        def pre_activations():  # type: ignore[no-untyped-def]
-            for batch in batches:
-                x, _ = as_pair(batch, sae.W_dec)
-                yield sae.pre(x)
-                bar.update(len(x))
-
-        thresholds = quantile_thresholds(pre_activations(), sae.k, batches.tokens, sae.prefixes)
+    pre = (sae.pre(as_pair(batch, sae.W_dec)[0]) for batch in with_progress(batches, "calibrate"))
+    thresholds = quantile_thresholds(pre, sae.k, batches.tokens, sae.prefixes)
     sae.prefix_thresholds.copy_(torch.tensor(thresholds))
     sae.threshold.fill_(thresholds[-1])
 
 
-def evaluate(
-    sae: MatryoshkaSAE,
-    shards: Shards,
-    source: Source,
-    hook_name: str,
-    start: int,
-    batch_tokens: int,
-    ce_sequences: int,
-    target: Shards | None = None,
-) -> dict[str, float]:
-    """Flat metrics: `val/{name}/p{width}` of the held-out rows from `start` on, `truth/…` where the truth is known.
+@torch.no_grad()
+def evaluate(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:
+    """All figures of all `METRICS`, flat: `val/{name}/p{width}`, and `truth/{name}` where the truth is known.
 
-    A transcoder's `target` has the same rows at the hook that it reconstructs.
-
-    For a language model also `val/ce_score/p{width}` and the cross-entropies behind it, over `ce_sequences` held-out
-    sequences (0: none). `val/l0` is inference by threshold; `train/k` what training selected.
+    `val/l0` is measured at inference; `train/k` is what training selected.
     """
-    batches = ValBatches(shards, batch_tokens, start=start, target=target)
-    sums = ReconstructionSums(sae)
-    with progress(batches.tokens, "evaluate") as bar:
-        for batch in batches:
-            x, y = as_pair(batch, sae.W_dec)
-            sums.update(sae, x, y)
-            bar.update(len(x))
-    metrics = {f"val/{name}": value for name, value in sums.metrics().items()} | {"train/k": float(sae.k)}
-    truth = shards.truth
-    if truth is not None:
-        rows = (as_pair(batch, sae.W_dec)[0] for batch in batches)
-        metrics |= {f"truth/{name}": value for name, value in truth_metrics(sae, rows, truth, start).items()}
-    if isinstance(source, LanguageModelSource) and ce_sequences > 0:
-        at = hook_name if target is None else target.manifest["hook_name"]
-        if can_replace(at):
-            try:
-                metrics |= language_model_metrics(sae, shards, source, hook_name, at, ce_sequences)
-            except ValueError as error:
-                if target is None:
-                    raise
-                print(f"no cross-entropy: {error}", file=sys.stderr)  # after hours of training, nothing else is lost
-    return metrics
+    return {name: value for metric in METRICS for name, value in metric(sae, held_out).items()}
 
 
-def language_model_metrics(
-    sae: MatryoshkaSAE, shards: Shards, source: LanguageModelSource, hook_name: str, at: str, sequences: int
-) -> dict[str, float]:
-    """Cross-entropy with each prefix's reconstruction in place of the hook `at`, over the last held-out sequences."""
-    tokens = torch.cat([shards.index("val", i)["tokens"] for i in range(len(shards.rows("val")))])[-sequences:].long()
-    bridge = load_bridge(
-        source.model,
-        device=str(sae.W_dec.device),
-        dtype=source.model_dtype,
-        compatibility_mode=source.compatibility_mode,
-        revision=source.revision,
-        tokenizer=source.tokenizer,
-    )
+def reconstruction(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:
+    """`reconstruction_metrics` of every prefix, and k."""
+    metrics = reconstruction_metrics(sae, with_progress(held_out.batches(), "evaluate"))
+    return {f"val/{name}": value for name, value in metrics.items()} | {"train/k": float(sae.k)}
+
+
+def against_truth(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:
+    """`truth_metrics`; none unless the data are synthetic."""
+    truth = held_out.shards.truth
+    if truth is None:
+        return {}
+    rows = (as_pair(batch, sae.W_dec)[0] for batch in held_out.batches())
+    return {f"truth/{name}": value for name, value in truth_metrics(sae, rows, truth, held_out.start).items()}
+
+
+def language_model(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:
+    """Cross-entropy with each prefix's reconstruction spliced in, over the last held-out sequences."""
+    shards, source, target = held_out.shards, held_out.source, held_out.target
+    replaced = (target or shards).manifest.hook_name
+    if not isinstance(source, LanguageModelSource) or held_out.ce_sequences == 0 or not can_replace(replaced):
+        return {}
+    tokens = torch.cat([shards.index("val", i)["tokens"] for i in range(len(shards.rows("val")))])
     reconstruct: dict[str, Reconstruct] = {f"p{w}": partial(sae, prefix=w) for w in sae.prefixes}
-    found = cross_entropy_recovered(
-        bridge, hook_name, reconstruct, tokens, shards.identity["dropped_ids"], target_hook_name=at
-    )
-    metrics = {f"val/ce/{name}": value for name, value in found["ce"].items()}
+    try:
+        scores = cross_entropy_recovered(
+            source.load_model(str(sae.W_dec.device)),
+            shards.manifest.hook_name,
+            reconstruct,
+            tokens[-held_out.ce_sequences :].long(),
+            shards.identity["dropped_ids"],
+            target_hook_name=replaced,
+        )
+    except ValueError as error:
+        if target is None:
+            raise
+        say(f"no cross-entropy: {error}")  # hours of training are not lost for it
+        return {}
+    metrics = {f"val/ce/{name}": value for name, value in scores["ce"].items()}
     for kind in ("ce_score", "kl", "kl_score"):
-        metrics |= {f"val/{kind}/{name}": value for name, value in found[kind].items() if name in reconstruct}
+        metrics |= {f"val/{kind}/{name}": scores[kind][name] for name in reconstruct}
     return metrics
+
+
+# To add a metric, write (sae, held_out) → figures and name it here: metrics.json, TensorBoard and tables then have it.
+METRICS: list[Callable[[MatryoshkaSAE, HeldOut], dict[str, float]]] = [reconstruction, against_truth, language_model]

@@ -1,4 +1,4 @@
-"""What the language model loses when a reconstruction takes the place of its activations."""
+"""A language model's loss with reconstructions in place of its activations."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from msae.data.bridge import check_hook_name
-from msae.data.tokens import keep_mask
+from msae.evaluation.reconstruction import ratio
 from msae.progress import progress
+from msae.sources.bridge import check_hook_name
+from msae.sources.tokens import keep_mask
 
 Reconstruct = Callable[[Tensor], Tensor]
 
@@ -35,54 +36,50 @@ def cross_entropy_recovered(
 ) -> dict[str, Any]:
     """Cross-entropy (nats a token) and KL(original ‖ spliced) with each reconstruction in place of the hook.
 
-    With a `target_hook_name` (a transcoder) the functions read `hook_name`, and what they give, or zeros, takes the
-    place of the target instead.
+    ce_score = (CE_zero − CE_sae) / (CE_zero − CE_orig) and kl_score = 1 − KL_sae / KL_zero: 1 is lossless, 0 is as
+    bad as zeros in place of the activations. Only kept positions are replaced: BOS, padding and special tokens stay
+    as they are. Predictions of t + 1 from t count where both are kept; sums are float64.
 
-    ce_score = (CE_zero − CE_sae) / (CE_zero − CE_orig) and kl_score = 1 − KL_sae / KL_zero: 1 is lossless, 0
-    is what zeros in place of the activations do. Spliced are the kept positions alone; BOS, padding and
-    special tokens stay as they are. Counted are the predictions of t + 1 from t where both are kept, summed
-    in float64. A function in `reconstruct` maps rows [n, d_in] float32 to [n, d_out], which is d_in without a
-    target; [heads, d_head] is flattened for it. Returns {"ce": {"orig", "zero", name…}, "ce_score": {name…},
-    "kl": {"zero", name…}, "kl_score": {name…}, "tokens": n}.
+    A function in `reconstruct` maps rows [n, d_in] float32 to [n, d_out]; [heads, d_head] is flattened for it. With a
+    `target_hook_name` (a transcoder) it reads `hook_name` and its result, or zeros, replaces the target; without one
+    d_out = d_in. Returns {"ce": {"orig", "zero", name…}, "ce_score": {name…}, "kl": {"zero", name…},
+    "kl_score": {name…}, "tokens": n}.
 
     Raises ValueError for a hook that the model does not have or through which nothing can be replaced, a target
     that is computed before the input, a name that is taken, or tokens without two kept ones in a row.
     """
-    at = target_hook_name or hook_name
-    for name in (hook_name, at):
+    replaced = target_hook_name or hook_name
+    for name in (hook_name, replaced):
         check_hook_name(bridge, name)
-    if not can_replace(at):
-        raise ValueError(f"{at} can be read but not replaced; evaluate at hook_resid_pre or hook_resid_post")
-    if taken := {"orig", "zero"} & set(reconstruct):
-        raise ValueError(f"the reconstructions' names {sorted(taken)} are taken; rename them")
+    if not can_replace(replaced):
+        raise ValueError(f"{replaced} can be read but not replaced; evaluate at hook_resid_pre or hook_resid_post")
+    if reserved := {"orig", "zero"} & set(reconstruct):
+        raise ValueError(f"the reconstructions' names {sorted(reserved)} are taken; rename them")
     special = list(special_ids)
     splices: dict[str, Reconstruct | None] = {"zero": None, **reconstruct}
     ce = dict.fromkeys(["orig", *splices], 0.0)
     kl = dict.fromkeys(splices, 0.0)
     count = 0
     with progress(tokens.numel(), "cross-entropy", disable=not show_progress) as bar:
-        for some in tokens.long().split(batch):
-            part = some.to(bridge.cfg.device)
-            keep = keep_mask(part, special)
+        for sequences in tokens.long().to(bridge.cfg.device).split(batch):
+            keep = keep_mask(sequences, special)
             scored = keep[:, :-1] & keep[:, 1:]
-            target = part[:, 1:][scored]
-            original = log_probabilities(bridge(part), scored)
-            ce["orig"] += negative_log_likelihood(original, target)
+            targets = sequences[:, 1:][scored]
+            original = log_probabilities(bridge(sequences), scored)
+            ce["orig"] += negative_log_likelihood(original, targets)
             for name, function in splices.items():
-                logits = bridge.run_with_hooks(part, fwd_hooks=splice(function, keep, hook_name, at))
-                spliced = log_probabilities(logits, scored)
-                ce[name] += negative_log_likelihood(spliced, target)
+                hooks = splice(function, keep, hook_name, replaced)
+                spliced = log_probabilities(bridge.run_with_hooks(sequences, fwd_hooks=hooks), scored)
+                ce[name] += negative_log_likelihood(spliced, targets)
                 kl[name] += kl_divergence(original, spliced)
-            count += len(target)
-            bar.update(part.numel())
+            count += len(targets)
+            bar.update(sequences.numel())
     if count == 0:
         raise ValueError(f"none of {tokens.numel()} tokens is kept together with its next; give other text")
-    ce = {name: total / count for name, total in ce.items()}
-    kl = {name: total / count for name, total in kl.items()}
-    room = ce["zero"] - ce["orig"]
+    ce, kl = ({name: total / count for name, total in totals.items()} for totals in (ce, kl))
     return {
         "ce": ce,
-        "ce_score": {name: ratio(ce["zero"] - ce[name], room) for name in reconstruct},
+        "ce_score": {name: ratio(ce["zero"] - ce[name], ce["zero"] - ce["orig"]) for name in reconstruct},
         "kl": kl,
         "kl_score": {name: 1 - ratio(kl[name], kl["zero"]) for name in reconstruct},
         "tokens": count,
@@ -90,21 +87,21 @@ def cross_entropy_recovered(
 
 
 def splice(
-    function: Reconstruct | None, keep: Tensor, hook_name: str, at: str
+    function: Reconstruct | None, keep: Tensor, hook_name: str, replaced: str
 ) -> list[tuple[str, Callable[..., Tensor | None]]]:
-    """Hooks that put the function (None: zeros) of the rows read at `hook_name` in place of those at the hook `at`.
+    """Hooks that put function(rows read at `hook_name`), or zeros without a function, in place of the hook `replaced`.
 
     Only the rows at `keep` [batch, pos] are replaced. Where the two hooks are one, it is read before it is replaced.
     """
     read: list[Tensor] = []
 
-    def read_fn(value: Tensor, hook: Any) -> None:
+    def read_rows(value: Tensor, hook: Any) -> None:
         read[:] = [value.flatten(2)[keep].float()]
 
-    def replace_fn(value: Tensor, hook: Any) -> Tensor:
+    def replace_rows(value: Tensor, hook: Any) -> Tensor:
         if not read:
             raise ValueError(
-                f"{at} is computed before {hook_name} and cannot be reconstructed from it; "
+                f"{replaced} is computed before {hook_name} and cannot be reconstructed from it; "
                 "set data.target_hook_name to a later hook"
             )
         flat = value.flatten(2).clone()
@@ -114,23 +111,19 @@ def splice(
         flat[keep] = new.to(flat.dtype)
         return flat.view_as(value)
 
-    return [(hook_name, read_fn), (at, replace_fn)]
+    return [(hook_name, read_rows), (replaced, replace_rows)]
 
 
 def log_probabilities(logits: Float[Tensor, "batch pos vocab"], scored: Tensor) -> Float[Tensor, "n vocab"]:
+    """log softmax of the logits at the scored positions [batch, pos − 1], float32."""
     return logits[:, :-1][scored].float().log_softmax(-1)
 
 
-def negative_log_likelihood(log_probs: Float[Tensor, "n vocab"], target: Int[Tensor, " n"]) -> float:
+def negative_log_likelihood(log_probs: Float[Tensor, "n vocab"], targets: Int[Tensor, " n"]) -> float:
     """−Σ log p(target), summed in float64."""
-    return -float(log_probs.gather(1, target[:, None]).double().sum())
+    return -float(log_probs.gather(1, targets[:, None]).double().sum())
 
 
 def kl_divergence(p: Float[Tensor, "n vocab"], q: Float[Tensor, "n vocab"]) -> float:
     """Σ_rows Σ_v p (log p − log q) of log-probabilities, summed in float64."""
     return float((p.exp() * (p - q)).sum(-1).double().sum())
-
-
-def ratio(part: float, whole: float) -> float:
-    """part / whole, NaN where ablation changes nothing and there is nothing to recover."""
-    return part / whole if whole else float("nan")

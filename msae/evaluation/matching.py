@@ -1,4 +1,4 @@
-"""Which latent stands for which true feature: cosines between their directions, and a matching of the two."""
+"""Matches latents with true features by the cosines between their directions."""
 
 from typing import NamedTuple
 
@@ -11,15 +11,15 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from msae.data.seeds import stream
+from msae.seeds import stream
 
 DENSE = 2**24  # latents × features up to which the matching is exact: 3 s for 4096 × 4096
-CANDIDATES = 32  # above it, the candidates of each latent and of each feature
+CANDIDATES = 32  # of each latent and of each feature, above that
 BLOCK = 2**24  # cosines held at once
 
 
 class Match(NamedTuple):
-    """Pairs of a latent and a feature, neither of them twice, and the signed cosine of each pair."""
+    """Pairs of a latent and a feature, each in at most one pair, and the signed cosine of each pair."""
 
     latent: Int[Tensor, " pairs"]
     feature: Int[Tensor, " pairs"]
@@ -35,7 +35,7 @@ class Match(NamedTuple):
 
 
 class Nearest(NamedTuple):
-    """The features nearest to each latent and the latents nearest to each feature by |cos|, nearest first."""
+    """The features nearest to each latent and the latents nearest to each feature, by |cos|, nearest first."""
 
     latent_cos: Float[Tensor, "d_sae few"]
     feature: Int[Tensor, "d_sae few"]
@@ -59,16 +59,16 @@ def nearest(
     """The k nearest of each by |cos|, on W_dec's device; `block` cosines are held at once, never d_sae × n."""
     few, some = min(k, len(features)), min(k, len(W_dec))
     of_latents = []
-    feature_cos = torch.full((len(features), 0), 0.0, device=W_dec.device)
+    feature_cos = torch.zeros(len(features), 0, device=W_dec.device)
     latent = torch.zeros(len(features), 0, dtype=torch.int64, device=W_dec.device)
     start, features = 0, features.to(W_dec.device)
     for rows in W_dec.split(max(1, block // len(features))):
         cos = cosines(rows, features).abs_()
         of_latents.append(cos.topk(few, dim=1))
-        here, place = cos.T.topk(min(some, len(rows)), dim=1)
-        feature_cos, which = torch.cat([feature_cos, here], 1).sort(dim=1, descending=True, stable=True)
-        feature_cos, which = feature_cos[:, :some], which[:, :some]
-        latent = torch.cat([latent, place + start], 1).gather(1, which)
+        best = cos.T.topk(min(some, len(rows)), dim=1)
+        feature_cos, order = torch.cat([feature_cos, best.values], 1).sort(dim=1, descending=True, stable=True)
+        latent = torch.cat([latent, best.indices + start], 1).gather(1, order)
+        feature_cos, latent = feature_cos[:, :some], latent[:, :some]
         start += len(rows)
     latent_cos, feature = (torch.cat(parts) for parts in zip(*of_latents, strict=True))
     return Nearest(latent_cos.cpu(), feature.cpu(), feature_cos.cpu(), latent.cpu())
@@ -82,17 +82,17 @@ def match(
 ) -> Match:
     """Hungarian matching on |cos|: min(d_sae, n) pairs with the largest total.
 
-    Exact up to `dense` latents × features. Above, pairs are sought among those that are `nearest` to each other
-    (`CANDIDATES` of each latent and of each feature, unless `near` is given): of 2000 × 2000 the total is then 1e-5
-    short, 7e-3 where every feature has a hundred near-twins. 65,536 latents × 16,384 features, d_in 768: 26 s on two
-    cores, of which 2 s for the matching itself, and 0.9 GB in all.
+    Exact up to `dense` latents × features. Above, only pairs that are `nearest` to each other are considered (`near`,
+    or `CANDIDATES` of each latent and of each feature): of 2000 × 2000 the total is then 1e-5 short, 7e-3 where every
+    feature has a hundred near-twins. 65,536 latents × 16,384 features, d_in 768: 26 s on two cores, of which 2 s for
+    the matching itself, and 0.9 GB in all.
     """
     W_dec, features = W_dec.detach(), features.to(W_dec.device)
     if len(W_dec) * len(features) <= dense:
-        latents, matched = linear_sum_assignment(cosines(W_dec, features).abs().cpu().numpy(), maximize=True)
+        pairs = linear_sum_assignment(cosines(W_dec, features).abs().cpu().numpy(), maximize=True)
     else:
-        latents, matched = match_among(near or nearest(W_dec, features, CANDIDATES), W_dec, features)
-    latent, feature = torch.as_tensor(latents, dtype=torch.int64), torch.as_tensor(matched, dtype=torch.int64)
+        pairs = match_among(near or nearest(W_dec, features, CANDIDATES), W_dec, features)
+    latent, feature = (torch.as_tensor(side, dtype=torch.int64) for side in pairs)
     return Match(latent, feature, pair_cosines(W_dec[latent], features[feature]).cpu())
 
 
@@ -101,25 +101,25 @@ def match_among(near: Nearest, W_dec: Tensor, features: Tensor) -> tuple[np.ndar
 
     Candidates are the nearest, and latent i with feature i, so that a full matching exists whatever the nearest are.
     """
-    sides = len(near.feature), len(near.latent)
-    i = torch.arange(min(sides))
-    latent = torch.cat([torch.arange(sides[0]).repeat_interleave(near.feature.shape[1]), near.latent.flatten(), i])
-    feature = torch.cat([near.feature.flatten(), torch.arange(sides[1]).repeat_interleave(near.latent.shape[1]), i])
-    same = pair_cosines(W_dec[: len(i)], features[: len(i)]).abs().cpu()
-    cos = torch.cat([near.latent_cos.flatten(), near.feature_cos.flatten(), same])
-    _, once = np.unique((latent * sides[1] + feature).numpy(), return_index=True)
+    shape = d_sae, n = len(near.feature), len(near.latent)
+    i = torch.arange(min(shape))
+    latent = torch.cat([torch.arange(d_sae).repeat_interleave(near.feature.shape[1]), near.latent.flatten(), i])
+    feature = torch.cat([near.feature.flatten(), torch.arange(n).repeat_interleave(near.latent.shape[1]), i])
+    diagonal = pair_cosines(W_dec[: len(i)], features[: len(i)]).abs().cpu()
+    cos = torch.cat([near.latent_cos.flatten(), near.feature_cos.flatten(), diagonal])
+    _, once = np.unique((latent * n + feature).numpy(), return_index=True)
     # scipy takes 0 for no pair, so 2 − |cos| is minimised
-    cost = coo_array((2 - cos.double().numpy()[once], (latent.numpy()[once], feature.numpy()[once])), shape=sides)
+    cost = coo_array((2 - cos.double().numpy()[once], (latent.numpy()[once], feature.numpy()[once])), shape=shape)
     return min_weight_full_bipartite_matching(cost.tocsr())
 
 
-def mcc(found: Match) -> float:
+def mcc(matching: Match) -> float:
     """Mean correlation coefficient: the mean |cos| over matched pairs."""
-    return float(found.cos.abs().mean())
+    return float(matching.cos.abs().mean())
 
 
 def mcc_chance(features: Float[Tensor, "n d_in"], d_sae: int, seed: int = 0) -> float:
-    """The MCC of a random Gaussian dictionary of this shape against these features, below which nothing is learned."""
+    """The MCC of a random Gaussian dictionary of this shape: an SAE with less has learned nothing."""
     random = torch.randn(d_sae, features.shape[1], generator=stream(seed, "chance"))
     return mcc(match(random.to(features.device), features))
 

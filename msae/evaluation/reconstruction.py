@@ -1,4 +1,4 @@
-"""Reconstruction metrics of every prefix, streamed in float64 over a whole set and never averaged over batches."""
+"""Reconstruction metrics of every prefix, summed in float64 over a whole set and never averaged over batches."""
 
 from collections.abc import Iterable
 
@@ -15,21 +15,14 @@ class ReconstructionSums:
 
     def __init__(self, sae: MatryoshkaSAE) -> None:
         self.prefixes, self.d_out = sae.prefixes, sae.d_out
-        n = len(sae.prefixes)
-        device = sae.W_dec.device
-        shapes = {
-            "tokens": (),
-            "nonzero": (),
+        shapes: dict[str, tuple[int, ...]] = {
+            **dict.fromkeys(("tokens", "nonzero", "y_square"), ()),
+            **dict.fromkeys(("error", "recon_square", "product", "cosine", "norm_ratio"), (len(sae.prefixes),)),
             "y": (sae.d_out,),
-            "y_square": (),
-            "error": (n,),
-            "recon_square": (n,),
-            "product": (n,),
-            "cosine": (n,),
-            "norm_ratio": (n,),
             "fired": (sae.d_sae,),
         }
-        self.tensors = {name: torch.zeros(s, dtype=torch.float64, device=device) for name, s in shapes.items()}
+        zeros = torch.zeros((), dtype=torch.float64, device=sae.W_dec.device)
+        self.tensors = {name: zeros.new_zeros(shape) for name, shape in shapes.items()}
 
     @torch.no_grad()
     def update(
@@ -37,23 +30,23 @@ class ReconstructionSums:
     ) -> None:
         """Add a batch of raw activations, encoded as at inference, reconstructing `target` (x unless given)."""
         fired, recons = reconstruct(sae, x)
-        exact = (x if target is None else target).double()
-        norm = exact.norm(dim=1)
-        nonzero = norm > 0  # a direction and a ratio of norms only exist there
-        t = self.tensors
-        t["tokens"] += len(x)
-        t["nonzero"] += nonzero.sum()
-        t["y"] += exact.sum(0)
-        t["y_square"] += exact.square().sum()
-        t["fired"] += fired
+        y = (x if target is None else target).double()
+        norm = y.norm(dim=1)
+        nonzero = norm > 0  # a direction and a ratio of norms exist only there
+        sums = self.tensors
+        sums["tokens"] += len(x)
+        sums["nonzero"] += nonzero.sum()
+        sums["y"] += y.sum(0)
+        sums["y_square"] += y.square().sum()
+        sums["fired"] += fired
         for i, scaled in enumerate(recons):
             recon = sae.unscale(scaled.double())
-            product, recon_norm = (exact * recon).sum(1), recon.norm(dim=1)
-            t["error"][i] += (exact - recon).square().sum()
-            t["recon_square"][i] += recon.square().sum()
-            t["product"][i] += product.sum()
-            t["cosine"][i] += (product / (norm * recon_norm).clamp_min(1e-30))[nonzero].sum()
-            t["norm_ratio"][i] += (recon_norm / norm)[nonzero].sum()
+            product, recon_norm = (y * recon).sum(1), recon.norm(dim=1)
+            sums["error"][i] += (y - recon).square().sum()
+            sums["recon_square"][i] += recon.square().sum()
+            sums["product"][i] += product.sum()
+            sums["cosine"][i] += (product / (norm * recon_norm).clamp_min(1e-30))[nonzero].sum()
+            sums["norm_ratio"][i] += (recon_norm / norm)[nonzero].sum()
 
     def metrics(self) -> dict[str, float]:
         """Flat `name/p{width}` for every prefix.
@@ -63,27 +56,27 @@ class ReconstructionSums:
         cosine = E cos(y, ŷ);  l2_ratio = E ‖ŷ‖/‖y‖ (both over y ≠ 0);  bias = E‖ŷ‖² / E⟨y, ŷ⟩ (1: no shrinkage);
         dense_1pct, dense_10pct = share of latents firing on more tokens.
         """
-        t = {name: tensor.cpu() for name, tensor in self.tensors.items()}
-        tokens, nonzero = float(t["tokens"]), max(1.0, float(t["nonzero"]))
+        sums = {name: tensor.cpu() for name, tensor in self.tensors.items()}
+        tokens, nonzero = float(sums["tokens"]), max(1.0, float(sums["nonzero"]))
         assert tokens > 0, "no batch was added"
-        variance = float(t["y_square"] - t["y"].square().sum() / tokens)
-        density = t["fired"] / tokens
-        out: dict[str, float] = {}
+        variance = max(0.0, float(sums["y_square"] - sums["y"].square().sum() / tokens))
+        density = sums["fired"] / tokens
+        metrics: dict[str, float] = {}
         for i, width in enumerate(self.prefixes):
-            error, product = float(t["error"][i]), float(t["product"][i])
+            error, of_prefix = float(sums["error"][i]), density[:width]
             values = {
                 "mse": error / (tokens * self.d_out),
-                "fvu": error / variance if variance > 0 else float("nan"),
-                "l0": float(density[:width].sum()),
-                "dead": float((density[:width] == 0).double().mean()),
-                "cosine": float(t["cosine"][i]) / nonzero,
-                "l2_ratio": float(t["norm_ratio"][i]) / nonzero,
-                "bias": float(t["recon_square"][i]) / product if product else float("nan"),
-                "dense_1pct": float((density[:width] > 0.01).double().mean()),
-                "dense_10pct": float((density[:width] > 0.1).double().mean()),
+                "fvu": ratio(error, variance),
+                "l0": float(of_prefix.sum()),
+                "dead": float((of_prefix == 0).double().mean()),
+                "cosine": float(sums["cosine"][i]) / nonzero,
+                "l2_ratio": float(sums["norm_ratio"][i]) / nonzero,
+                "bias": ratio(float(sums["recon_square"][i]), float(sums["product"][i])),
+                "dense_1pct": float((of_prefix > 0.01).double().mean()),
+                "dense_10pct": float((of_prefix > 0.1).double().mean()),
             }
-            out |= {f"{name}/p{width}": value for name, value in values.items()}
-        return out
+            metrics |= {f"{name}/p{width}": value for name, value in values.items()}
+        return metrics
 
 
 def reconstruction_metrics(sae: MatryoshkaSAE, batches: Iterable[Batch]) -> dict[str, float]:
@@ -92,3 +85,8 @@ def reconstruction_metrics(sae: MatryoshkaSAE, batches: Iterable[Batch]) -> dict
     for batch in batches:
         sums.update(sae, *as_pair(batch, sae.W_dec))
     return sums.metrics()
+
+
+def ratio(part: float, whole: float) -> float:
+    """part / whole, NaN where the whole is 0."""
+    return part / whole if whole else float("nan")

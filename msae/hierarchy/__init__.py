@@ -1,1 +1,1 @@
-"""The hierarchy within one SAE: edges between its latents, attempts to refute them, and a page to explore them."""
+"""The hierarchy within one SAE: edges between its latents, attempts to refute them, and controls."""

@@ -2,15 +2,15 @@
 
 from omegaconf import DictConfig
 
-from msae.config import command
-from msae.schema import HierarchyConfig
+from msae.cli.command import command
+from msae.explorer.inputs import Explore
 
 
-@command("hierarchy", HierarchyConfig)
-def main(cfg: DictConfig) -> None:
-    from msae.hierarchy import job  # its imports take seconds; a mistyped key is said before
+@command("hierarchy", Explore)
+def main(explore: Explore, _: DictConfig) -> None:
+    from msae.explorer import job  # its imports take seconds; a mistyped key is reported before
 
-    job.hierarchy(cfg)
+    job.write_hierarchy(explore)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,52 @@
 """The hierarchy of one SAE with the same tests run on controls, and the file that keeps all of it."""
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from msae.data.shards import Shards, write_json
+from msae.data.shards import Shards
 from msae.evaluation.matching import match
 from msae.evaluation.truth import edge_scores
+from msae.files import read_json, write_json
 from msae.hierarchy.edges import Edges, grade
 from msae.hierarchy.firings import Array, Firings, collect
-from msae.hierarchy.limits import TESTS, Limits
+from msae.hierarchy.limits import LINES, STAGES, TESTS, Limits
 from msae.hierarchy.pairs import covering_pairs
 from msae.sae import MatryoshkaSAE
+from msae.settings import Count, Natural, NonNegative, Share, as_plain, settings
 
-FILE, FORMAT, VERSION = "hierarchy.json", "msae-hierarchy", 1
+VERSION = 2
 THIS, FIRINGS, ORDER, VANILLA = "this SAE", "firings shuffled", "order shuffled", "vanilla"
-SAYS = {  # what it means if a control keeps as many edges
-    FIRINGS: "chance alone gives as many: nothing is found",
-    ORDER: "the order of its latents adds nothing: it finds no hierarchy by prefixes",
-    VANILLA: "a vanilla SAE gives as many: nested prefixes add nothing",
+REFUTES = {  # what it means if a control keeps as many edges, the worst first
+    FIRINGS: "Chance alone gives as many: nothing is found",
+    ORDER: "The order of its latents adds nothing: it finds no hierarchy by prefixes",
+    VANILLA: "A vanilla SAE gives as many: nested prefixes add nothing",
 }
+
+
+@settings
+class About:
+    """What was measured on what."""
+
+    d_sae: Count
+    tokens: Count
+    l0: NonNegative
+    shards: str
+    weights: str
+    identity_hash: str
+    model: str
+    hook_name: str
+    limits: Limits
 
 
 @dataclass
 class Hierarchy:
-    """What was found in one SAE: its latents [d_sae], edges, the funnels of it and its controls, and a verdict."""
+    """One SAE's latents [d_sae] and edges, the funnels of it and of its controls, and a verdict."""
 
     prefixes: list[int]
     level: Array  # 0, 1, … : the first prefix that holds the latent
@@ -38,27 +55,23 @@ class Hierarchy:
     edges: Edges
     funnels: dict[str, dict[str, int]]
     truth: dict[str, float]
-    about: dict[str, Any]
+    about: About
 
-    @property
+    @cached_property
     def parent(self) -> Array:
         """The surviving parent of each latent [d_sae], −1 without one."""
         return self.edges.parents(len(self.level))
 
     def verdict(self) -> str:
         """One sentence: how many edges survive, and whether a control keeps as many."""
-        kept = {name: list(funnel.values())[-1] for name, funnel in self.funnels.items()}
-        mine = kept.pop(THIS)
-        candidates = len(self.edges.parent)
-        beside = ", ".join(
-            f"{n:,} with {name}" if name != VANILLA else f"{n:,} in a vanilla SAE" for name, n in kept.items()
-        )
-        said = f"{mine:,} of {candidates:,} candidate edges survive every test; {beside}"
-        if not mine:
-            return f"{said}. Nothing is found."
-        if failed := [says for name, says in SAYS.items() if kept.get(name, -1) >= mine]:
-            said += f". {failed[0][0].upper()}{failed[0][1:]}"
-        return said + "."
+        kept = {name: funnel[STAGES[-1]] for name, funnel in self.funnels.items()}
+        survivors = kept.pop(THIS)
+        controls = [f"{n:,} {'in a vanilla SAE' if name == VANILLA else f'with {name}'}" for name, n in kept.items()]
+        line = f"{survivors:,} of {len(self.edges.parent):,} candidate edges survive every test; {', '.join(controls)}."
+        if not survivors:
+            return f"{line} Nothing is found."
+        refuted = [f" {meaning}." for name, meaning in REFUTES.items() if kept.get(name, -1) >= survivors]
+        return line + "".join(refuted[:1])
 
 
 def check_fits(sae: MatryoshkaSAE, shards: Shards) -> None:
@@ -80,9 +93,9 @@ def weights_hash(sae: MatryoshkaSAE) -> str:
     return digest.hexdigest()[:12]
 
 
-def levels(sae: MatryoshkaSAE) -> Array:
-    """The first prefix that holds each latent [d_sae]."""
-    return np.searchsorted(sae.prefixes, np.arange(sae.d_sae), side="right")
+def levels(prefixes: list[int]) -> Array:
+    """The first prefix that holds each latent [d_sae]: 0, 1, …"""
+    return np.searchsorted(prefixes, np.arange(prefixes[-1]), side="right")
 
 
 def extract(
@@ -101,7 +114,12 @@ def extract(
     for one in (sae, vanilla):
         if one is not None:
             check_fits(one, shards)
-    level = levels(sae)
+
+    def funnel(of: MatryoshkaSAE, firings: Firings) -> dict[str, int]:
+        covering = covering_pairs(firings, limits.coverage, limits.least)
+        return grade(of, shards, firings, covering, levels(of.prefixes), limits).funnel()
+
+    level = levels(sae.prefixes)
     firings = collect(sae, shards, tokens, limits.floor)
     covering = covering_pairs(firings, limits.coverage, limits.least)
     edges = grade(sae, shards, firings, covering, level, limits)
@@ -109,31 +127,25 @@ def extract(
     if len(sae.prefixes) > 1:
         shuffled = np.random.default_rng(seed).permutation(level)
         funnels[ORDER] = grade(sae, shards, firings, covering, shuffled, limits).funnel()
-    strangers = firings.shuffled(seed)
-    covering = covering_pairs(strangers, limits.coverage, limits.least)
-    funnels[FIRINGS] = grade(sae, shards, strangers, covering, level, limits).funnel()
-    del strangers
+    funnels[FIRINGS] = funnel(sae, firings.shuffled(seed))
     if vanilla is not None:
-        of_vanilla = collect(vanilla, shards, tokens, limits.floor)
-        covering = covering_pairs(of_vanilla, limits.coverage, limits.least)
-        funnels[VANILLA] = grade(vanilla, shards, of_vanilla, covering, levels(vanilla), limits).funnel()
-    about = {
-        "d_sae": sae.d_sae,
-        "tokens": firings.rows,
-        "l0": firings.matrix.nnz / firings.rows,
-        "shards": shards.directory.name,
-        "weights": weights_hash(sae),
-        "identity_hash": shards.manifest["identity_hash"],
-        "model": short(str(sae.metadata.get("model_name") or "")),
-        "hook_name": shards.manifest["hook_name"],
-        "limits": asdict(limits),
-    }
-    counts, largest = firings.counts(), firings.largest()
-    truth = against_truth(sae, shards, edges)
-    return Hierarchy(sae.prefixes, level, counts / firings.rows, largest, edges, funnels, truth, about), firings
+        funnels[VANILLA] = funnel(vanilla, collect(vanilla, shards, tokens, limits.floor))
+    about = About(
+        d_sae=sae.d_sae,
+        tokens=firings.rows,
+        l0=len(firings.code.acts) / firings.rows,
+        shards=shards.directory.name,
+        weights=weights_hash(sae),
+        identity_hash=shards.manifest.identity_hash,
+        model=without_directory(str(sae.metadata.get("model_name") or "")),
+        hook_name=shards.manifest.hook_name,
+        limits=limits,
+    )
+    rate, truth = firings.counts / firings.rows, against_truth(sae, shards, edges)
+    return Hierarchy(list(sae.prefixes), level, rate, firings.largest, edges, funnels, truth, about), firings
 
 
-def short(model: str) -> str:
+def without_directory(model: str) -> str:
     """A hub name as it is; of a path the last part, since what is written here may be shown to others."""
     return Path(model).name if model.startswith(("/", ".", "~")) else model
 
@@ -142,16 +154,85 @@ def against_truth(sae: MatryoshkaSAE, shards: Shards, edges: Edges) -> dict[str,
     """Precision and recall of the surviving edges where the true tree is known; else nothing."""
     if shards.truth is None:
         return {}
-    found = match(sae.W_dec.detach(), shards.truth["features"].float())
+    matching = match(sae.W_dec.detach(), shards.truth["features"].float())
     surviving = np.stack([edges.parent[edges.survives], edges.child[edges.survives]], axis=1)
-    return edge_scores(torch.from_numpy(surviving), found, shards.truth["parent"])
+    return edge_scores(torch.from_numpy(surviving), matching, shards.truth["parent"])
 
 
-# The file ----------------------------------------------------------------------------------------------------
+# The file -------------------------------------------------------------------------------------------------------------
+
+
+@settings
+class LatentColumns:
+    """A number for each latent."""
+
+    level: list[Natural]
+    rate: list[Share]
+    largest: list[NonNegative]
+    parent: list[int]
+
+
+@settings
+class EdgeColumns:
+    """For each candidate edge its ends, figures and tests."""
+
+    parent: list[Natural]
+    child: list[Natural]
+    survives: list[bool]
+    holes: list[Natural]
+    figures: dict[str, list[float | None]]  # four significant digits; JSON has no NaN
+    passed: dict[str, list[bool]]
+
+    def as_arrays(self, looked_at: int) -> Edges:
+        """The edges that were saved."""
+        return Edges(
+            np.array(self.parent, dtype=np.int64),
+            np.array(self.child, dtype=np.int64),
+            np.array(self.holes, dtype=np.int64),
+            {key: np.array(self.figures[key], dtype=np.float64) for key in TESTS},
+            {key: np.array(self.passed[key], dtype=bool) for key in LINES},
+            looked_at,
+        )
+
+
+@settings
+class HierarchyFile:
+    """hierarchy.json."""
+
+    format: Literal["msae-hierarchy"]
+    version: Count
+    verdict: str
+    about: About
+    truth: dict[str, float | None]
+    funnels: dict[str, dict[str, Natural]]
+    tests: dict[str, dict[str, str]]
+    prefixes: list[Count]
+    latents: LatentColumns
+    edges: EdgeColumns
+
+    def __post_init__(self) -> None:
+        edges, of, d_sae = self.edges, self.latents, max(self.prefixes, default=0)
+        if sorted({*self.prefixes, d_sae}) != self.prefixes:
+            raise ValueError("prefixes that do not rise")
+        if set(edges.figures) != set(TESTS) or set(edges.passed) != set(LINES):
+            raise ValueError("other tests than this msae has")
+        if THIS not in self.funnels or any(set(funnel) != set(STAGES) for funnel in self.funnels.values()):
+            raise ValueError("funnels of other stages")
+        columns: list[list[Any]] = [edges.child, edges.survives, edges.holes]
+        columns += [*edges.figures.values(), *edges.passed.values()]
+        if any(len(c) != len(edges.parent) for c in columns) or any(len(c) != d_sae for c in vars(of).values()):
+            raise ValueError("columns of different lengths")
+        if max([*edges.parent, *edges.child], default=-1) >= d_sae:
+            raise ValueError(f"latents beyond {d_sae}")
+        ancestor = edges.as_arrays(looked_at=0).parents(d_sae)
+        for _ in range(d_sae.bit_length()):  # each round doubles the steps upwards
+            ancestor = np.where(ancestor >= 0, ancestor[ancestor], -1)
+        if (ancestor >= 0).any():
+            raise ValueError("parents that go round in a circle")
 
 
 def numbers(values: Array) -> list[Any]:
-    """Four significant digits are enough; JSON has no NaN."""
+    """A column as JSON: of floats four significant digits, null for what is not finite."""
     if values.dtype.kind != "f":
         return values.tolist()
     return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values.tolist()]
@@ -160,69 +241,31 @@ def numbers(values: Array) -> list[Any]:
 def save(hierarchy: Hierarchy, path: Path) -> None:
     """Write JSON in columns: of latents, and of every candidate edge its figures, tests and whether it survives."""
     edges = hierarchy.edges
-    write_json(
-        path,
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "verdict": hierarchy.verdict(),
-            "about": hierarchy.about,
-            "truth": hierarchy.truth,
-            "funnels": hierarchy.funnels,
-            "tests": {key: test._asdict() for key, test in TESTS.items()},
-            "prefixes": hierarchy.prefixes,
-            "latents": {
-                "level": numbers(hierarchy.level),
-                "rate": numbers(hierarchy.rate),
-                "largest": numbers(hierarchy.largest),
-                "parent": numbers(hierarchy.parent),
-            },
-            "edges": {
-                "parent": numbers(edges.parent),
-                "child": numbers(edges.child),
-                "survives": numbers(edges.survives),
-                "holes": numbers(edges.holes),
-                "figures": {key: numbers(values) for key, values in edges.figures.items()},
-                "passed": {key: numbers(values) for key, values in edges.passed.items()},
-            },
-        },
-        indent=None,
+    content = HierarchyFile(
+        format="msae-hierarchy",
+        version=VERSION,
+        verdict=hierarchy.verdict(),
+        about=hierarchy.about,
+        truth={name: None if np.isnan(value) else value for name, value in hierarchy.truth.items()},
+        funnels=hierarchy.funnels,
+        tests={key: test._asdict() for key, test in TESTS.items()},
+        prefixes=hierarchy.prefixes,
+        latents=LatentColumns(
+            **{name: numbers(getattr(hierarchy, name)) for name in ("level", "rate", "largest", "parent")}
+        ),
+        edges=EdgeColumns(
+            **{name: numbers(getattr(edges, name)) for name in ("parent", "child", "survives", "holes")},
+            figures={key: numbers(values) for key, values in edges.figures.items()},
+            passed={key: numbers(values) for key, values in edges.passed.items()},
+        ),
     )
+    write_json(path, as_plain(content), indent=None)
 
 
 def load(path: Path) -> Hierarchy:
     """Read what `save` wrote. Raises ValueError in one line for anything else."""
-    again = "run python -m msae.hierarchy again"
-    try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT or content["version"] != VERSION:
-            raise ValueError(f"its format is {content['format']} {content['version']}, expected {FORMAT} {VERSION}")
-        latents, of = content["latents"], content["edges"]
-        n, d_sae = len(of["parent"]), content["prefixes"][-1]
-        columns = [*of["figures"].values(), *of["passed"].values(), of["child"], of["holes"]]
-        ends = np.array([of["parent"], of["child"]], dtype=np.int64)
-        if {len(column) for column in columns} - {n} or {len(column) for column in latents.values()} != {d_sae}:
-            raise ValueError("columns of different lengths")
-        if n and (ends.min() < 0 or ends.max() >= d_sae):
-            raise ValueError(f"latents beyond {d_sae}")
-        drawn = {key for key, test in TESTS.items() if test.line}
-        if set(of["figures"]) != set(TESTS) or set(of["passed"]) != drawn:
-            raise ValueError("other tests than this msae has")
-        edges = Edges(
-            ends[0],
-            ends[1],
-            np.array(of["holes"], dtype=np.int64),
-            {key: np.array(values, dtype=np.float64) for key, values in of["figures"].items()},
-            {key: np.array(values, dtype=bool) for key, values in of["passed"].items()},
-            content["funnels"][THIS]["pairs"],
-        )
-        level, rate, largest = (np.array(latents[key]) for key in ("level", "rate", "largest"))
-        funnels, truth, about = content["funnels"], content["truth"], content["about"]
-        Limits(**about["limits"])  # is relied on, as are these
-        if not (type(about["tokens"]) is int and about["tokens"] > 0):
-            raise ValueError(f"about.tokens is {about['tokens']!r}")
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}; run python -m msae.hierarchy first") from None
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
-        raise ValueError(f"{path} is not a hierarchy of this msae ({error}); {again}") from None
-    return Hierarchy(content["prefixes"], level, rate, largest, edges, funnels, truth, about)
+    file = read_json(path, HierarchyFile, "a hierarchy of this msae", "run python -m msae.hierarchy again", VERSION)
+    edges = file.edges.as_arrays(file.funnels[THIS]["pairs"])
+    rate, largest = np.array(file.latents.rate), np.array(file.latents.largest)
+    truth = {name: np.nan if value is None else value for name, value in file.truth.items()}
+    return Hierarchy(file.prefixes, levels(file.prefixes), rate, largest, edges, file.funnels, truth, file.about)

@@ -1,41 +1,53 @@
 """The tests that try to refute an edge, and where each draws its line."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from msae.settings import Count, as_plain, settings
 
-@dataclass(frozen=True)
+
+@settings
 class Limits:
     """What an edge must reach to survive. Every figure is kept, so that a reader can draw the lines elsewhere."""
 
-    floor: float = 0.02  # share of its own maximum below which a latent counts as silent
-    least: int = 20  # rows on which a latent must fire to be looked at
-    coverage: float = 0.5  # P(parent | child) is at least this, P(child | parent) less
+    floor: float = 0.02
+    """Share of its own maximum below which a latent counts as silent."""
+    least: Count = 20
+    """Rows on which a latent must fire to be looked at."""
+    coverage: float = 0.5
+    """P(parent | child) is at least this, P(child | parent) less."""
     lift: float = 2.0
+    """Coverage is at least this many times that of chance."""
     fdr: float = 0.01
+    """False-discovery rate of coverage above chance."""
     mcs: float = 0.6
+    """Directed MCS is at least this."""
     gain: float = 0.01
+    """The child explains at least this share of what the parent leaves."""
     z: float = 3.0
+    """Removing the parent hurts more than removing another latent by at least this many standard errors."""
     superparent: float = 0.5
+    """A parent covers at most this share of the rarer latents."""
     sibling: float = 0.3
-    matched: int = 16  # latents of neighbouring firing rates among which a parent is compared
-    parents: int = 8  # candidates of one child that are tested: those with the highest PMI
-
-    def __post_init__(self) -> None:
-        for key in ("least", "matched", "parents"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"limits.{key}={getattr(self, key)} must be at least 1")
+    """Cosine of two children below which they share nothing that the parent lacks."""
+    matched: Count = 16
+    """Latents of neighbouring firing rates with which a parent is compared."""
+    parents: Count = 8
+    """Parents of one child that are tested: those with the highest PMI."""
 
 
 class Test(NamedTuple):
-    """A figure of every edge: its name, what it is, and what an edge must have (nothing for a mere figure)."""
+    """A figure of every edge: its name, what it measures, and the line it must reach ("" for a mere figure)."""
 
     name: str
     says: str
     line: str = ""
 
+    def line_at(self, limits: Limits) -> str:
+        """The line with its number, such as ≥ 0.6."""
+        return self.line.format(**as_plain(limits))
 
-# The funnel, in this order; the last ones compare an edge with those that are left.
+
+# In the order of the funnel: the last ones compare an edge with those that are left.
 TESTS = {
     "coverage": Test("coverage", "P(parent fires | child fires); the rest are holes", "≥ {coverage}"),
     "pmi": Test("PMI", "pointwise mutual information of the two firing, in bits"),
@@ -64,3 +76,5 @@ TESTS = {
     "between": Test("between", "latents that cover the child and are covered by the parent", "0"),
     "rank": Test("rank", "place among the child's parents that are left, by MCS", "1"),
 }
+LINES = [key for key, test in TESTS.items() if test.line]  # the figures that can refute an edge
+STAGES = ["pairs", *LINES]  # of a funnel

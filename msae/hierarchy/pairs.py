@@ -10,6 +10,7 @@ from scipy.sparse import csr_array
 from msae.hierarchy.firings import Array, Firings
 from msae.progress import progress
 
+ROWS = 2**18  # rows whose L0 is repeated for each firing at once
 BLOCK = 512  # children whose pairs are counted at once: [BLOCK, d_sae] at most, never d_sae²
 
 
@@ -39,46 +40,49 @@ def covering_pairs(firings: Firings, coverage: float, least: int) -> Pairs:
     the parent's rate fires when the other active latents of a row are drawn by their rates (the configuration model
     of random graphs). So a row on which much is active counts for less than one on which little is.
     """
-    counts, matrix = firings.counts(), firings.matrix
+    counts, matrix = firings.counts, firings.matrix
     ones = np.ones(matrix.nnz, dtype=np.int32)
     fires = csr_array((ones, matrix.indices, matrix.indptr), shape=matrix.shape)
     columns = fires.T.tocsr()
-    l0 = np.diff(matrix.indptr)
-    others = -counts.astype(np.float64)
-    for start in range(0, firings.rows, 2**18):
-        stop = min(start + 2**18, firings.rows)
-        latent = matrix.indices[matrix.indptr[start] : matrix.indptr[stop]]
-        weights = np.repeat(l0[start:stop], l0[start:stop])
-        others += np.bincount(latent, weights, minlength=firings.d_sae)
-    alive = counts >= least
 
     def count(start: int) -> tuple[Array, ...]:
         together = (columns[start : start + BLOCK] @ fires).tocoo()
         child, parent, both = together.coords[0] + start, together.coords[1], together.data
-        fine = alive[child] & (counts[parent] > counts[child]) & (both >= coverage * counts[child])
-        return parent[fine].astype(np.int64), child[fine].astype(np.int64), both[fine].astype(np.int64)
+        covers = (counts[child] >= least) & (counts[parent] > counts[child]) & (both >= coverage * counts[child])
+        return parent[covers].astype(np.int64), child[covers].astype(np.int64), both[covers].astype(np.int64)
 
-    found = []
+    parts = []
     starts = range(0, firings.d_sae, BLOCK)
     with progress(firings.d_sae, "pairs", unit="latents") as bar, ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for part in pool.map(count, starts):
-            found.append(part)
+            parts.append(part)
             bar.update(min(BLOCK, firings.d_sae - bar.n))
-    parent, child, both = (np.concatenate(part) for part in zip(*found, strict=True))
+    parent, child, both = (np.concatenate(column) for column in zip(*parts, strict=True))
     slots = np.maximum(1.0, matrix.nnz - counts[child])
-    chance = counts[parent] * others[child] / slots / np.maximum(1, counts[child])
+    chance = counts[parent] * others_beside(firings)[child] / slots / np.maximum(1, counts[child])
     return Pairs(parent, child, both, np.minimum(1.0, chance))
 
 
+def others_beside(firings: Firings) -> Array:
+    """Σ (L0 − 1) over the rows on which each latent fires [d_sae]."""
+    matrix, total = firings.matrix, -firings.counts.astype(np.float64)
+    l0 = np.diff(matrix.indptr)
+    for start in range(0, firings.rows, ROWS):
+        stop = min(start + ROWS, firings.rows)
+        latent = matrix.indices[matrix.indptr[start] : matrix.indptr[stop]]
+        total += np.bincount(latent, np.repeat(l0[start:stop], l0[start:stop]), minlength=firings.d_sae)
+    return total
+
+
 def eligible(counts: Array, level: Array, least: int) -> Array:
-    """Children that each latent could have [d_sae]: of its level or a later one, alive, firing less often."""
+    """How many children each latent could have [d_sae]: of its level or a later one, alive, firing less often."""
     alive = counts >= least
-    could = np.zeros(len(counts), dtype=np.int64)
-    for of in np.unique(level):
-        rarer = np.sort(counts[alive & (level >= of)])
-        at = alive & (level == of)
-        could[at] = np.searchsorted(rarer, counts[at])
-    return could
+    children = np.zeros(len(counts), dtype=np.int64)
+    for lowest in np.unique(level):
+        rates = np.sort(counts[alive & (level >= lowest)])
+        parents = alive & (level == lowest)
+        children[parents] = np.searchsorted(rates, counts[parents])
+    return children
 
 
 def false_discovery_rate(p: Array, looked_at: int) -> Array:

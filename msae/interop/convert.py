@@ -1,6 +1,8 @@
-"""What formats ask of an SAE: a configuration, b_dec on the input or not, one threshold for all."""
+"""What all formats need: a configuration file, errors of one line, b_dec on the input or not, one threshold for all."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,25 @@ from msae.sae import MatryoshkaSAE
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A configuration file. Raises ValueError in one line if there is none or it is no JSON object."""
+    """Read a configuration file as it is. Raises ValueError in one line if it is missing or no JSON object."""
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path.parent} has no {path.name}; give the directory that holds it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, expected a JSON object")
     return config
+
+
+@contextmanager
+def explained(problem: str) -> Iterator[None]:
+    """Raise whatever another library's file makes fail as a ValueError in one line, `problem` first."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{problem}: {' '.join(str(error).split())}") from None
 
 
 @torch.no_grad()
@@ -32,7 +43,7 @@ def move_b_dec(sae: MatryoshkaSAE, to_input: bool) -> None:
 
 
 def common_threshold(sae: MatryoshkaSAE) -> float | None:
-    """The threshold that all latents share (NaN while it is not set), None if they differ."""
-    values = sae.threshold.detach()
-    same = bool((values == values[0]).all() or values.isnan().all())
-    return float(values[0]) if same else None
+    """Return the threshold that all latents share (NaN while it is not set), None if they differ."""
+    thresholds = sae.threshold.detach()
+    is_common = bool((thresholds == thresholds[0]).all() or thresholds.isnan().all())
+    return float(thresholds[0]) if is_common else None

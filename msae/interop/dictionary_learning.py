@@ -1,6 +1,5 @@
 """dictionary_learning's form: ae.pt, a pickle of tensors, and config.json with what its trainer was given."""
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -11,33 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msae.interop.convert import common_threshold, move_b_dec, read_json
+from msae.files import write, write_json
+from msae.interop.convert import common_threshold, explained, move_b_dec, read_json
 from msae.sae import MatryoshkaSAE
-from msae.sae.files import raw_copy, replace, thresholds_from_json, thresholds_to_json
-from msae.sae.model import Sparsity
+from msae.sae.files import refuse_unset_threshold, thresholds_from_json, thresholds_to_json
+from msae.sae.forms import folded_copy
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 KEPT = "dictionary_learning"  # under metadata: the config.json that was read
 UNSET = -1.0  # where its thresholds start
+OUR_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+LINEAR_NAMES = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec")
 
 
 @dataclass(frozen=True)
 class Form:
     """One dict_class: what selects, its tensors beside the weights, its trainer, nn.Linear (transposed) or not."""
 
-    sparsity: Sparsity
+    sparsity: str
     others: tuple[str, ...]
     trainer_class: str
     linear: bool = False
 
     def names(self) -> dict[str, str]:
         """Our names of the weights, and its own."""
-        if self.linear:
-            return {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "b_dec"}
-        return {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        return dict(zip(OUR_NAMES, LINEAR_NAMES if self.linear else OUR_NAMES, strict=True))
 
     def turned(self, tensor: Tensor) -> Tensor:
-        """A tensor of its own as ours, or one of ours as its own."""
+        """Turn a tensor of its own into ours, or one of ours into its own."""
         return tensor.T.contiguous() if self.linear and tensor.ndim == 2 else tensor.contiguous()
 
 
@@ -49,6 +49,9 @@ FORMS = {
 }
 
 
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
 def load(directory: str | Path) -> MatryoshkaSAE:
     """Read `ae.pt` and `config.json` of a MatryoshkaBatchTopKSAE, BatchTopKSAE, AutoEncoderTopK or JumpReluAutoEncoder.
 
@@ -58,15 +61,12 @@ def load(directory: str | Path) -> MatryoshkaSAE:
     directory = Path(directory)
     config = read_json(directory / CONFIG)
     tensors = read_pickle(directory / WEIGHTS)
-    try:
+    with explained(f"{directory} is not an SAE of dictionary_learning"):
         return _from_dictionary(config, tensors).eval()
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{directory} is not an SAE of dictionary_learning: {reason}") from None
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled state dict, opened so that no code in it can run. Raises ValueError in one line."""
+    """Read the tensors of a pickled state dict so that no code in it can run. Raises ValueError in one line."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -83,14 +83,15 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 def _from_dictionary(config: dict[str, Any], tensors: dict[str, Tensor]) -> MatryoshkaSAE:
     trainer, ours = config["trainer"], config.get("msae") or {}
-    if trainer["dict_class"] not in FORMS:
-        raise ValueError(f"trainer.dict_class is {trainer['dict_class']!r}, expected one of {', '.join(FORMS)}")
-    form = FORMS[trainer["dict_class"]]
+    dict_class = trainer["dict_class"]
+    if dict_class not in FORMS:
+        raise ValueError(f"trainer.dict_class is {dict_class!r}, expected one of {', '.join(FORMS)}")
+    form = FORMS[dict_class]
     weights = {name: form.turned(tensors[its_name]).float() for name, its_name in form.names().items()}
-    d_in, d_sae = weights["W_enc"].shape
     others = {name: tensors[name] for name in form.others}
     if extra := tensors.keys() - form.names().values() - others.keys():
-        raise ValueError(f"{WEIGHTS} holds {', '.join(sorted(extra))} too, which no {trainer['dict_class']} has")
+        raise ValueError(f"{WEIGHTS} holds {', '.join(sorted(extra))} too, which no {dict_class} has")
+    d_in, d_sae = weights["W_enc"].shape
     is_jumprelu = form.sparsity == "jumprelu"
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     shapes |= {"k": (), "threshold": (d_sae,) if is_jumprelu else ()}
@@ -111,19 +112,19 @@ def _from_dictionary(config: dict[str, Any], tensors: dict[str, Tensor]) -> Matr
     threshold = others["threshold"].float()
     if is_jumprelu:
         weights["threshold"] = threshold
-    elif threshold >= 0 and form.sparsity == "batch_topk":
+    elif threshold >= 0 and not sae.ranks_at_inference:
         sae.threshold.fill_(float(threshold))
     sae.load_state_dict(weights, strict=False)
     thresholds_from_json(sae, ours.get("prefix_thresholds"))
     sae.metadata = ours.get("metadata") or _metadata(config)
     sae.metadata[KEPT] = {key: value for key, value in config.items() if key != "msae"}
-    if form.sparsity == "topk":  # selects without it
+    if sae.ranks_at_inference:
         sae.metadata[KEPT]["threshold"] = float(threshold)
     return sae
 
 
 def whole(k: float) -> int:
-    """k as a dictionary needs it: an int, at least 1."""
+    """Round k as a dictionary needs it: an int, at least 1."""
     return max(1, round(k))
 
 
@@ -138,6 +139,9 @@ def _metadata(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
 def save(sae: MatryoshkaSAE, directory: str | Path) -> Path:
     """Write the SAE for `dictionary_learning.utils.load_dictionary`, normalisation folded in, float32.
 
@@ -148,30 +152,23 @@ def save(sae: MatryoshkaSAE, directory: str | Path) -> Path:
     """
     if sae.is_transcoder:
         raise ValueError("dictionary_learning has no transcoders; use to=saelens")
-    plain = raw_copy(sae)
-    metadata = plain.metadata  # a copy's
-    kept = metadata.pop(KEPT, {})
-    threshold = common_threshold(plain)
-    dict_class = _dict_class(plain, threshold, kept)
+    plain = folded_copy(sae)
+    kept = plain.metadata.pop(KEPT, {})  # from a copy
+    dict_class = _dict_class(plain, kept)
     form = FORMS[dict_class]
     move_b_dec(plain, to_input=dict_class != "JumpReluAutoEncoder")
-    sizes = [stop - start for start, stop in pairwise([0, *plain.prefixes])]
-    if form.sparsity == "topk":
-        threshold = kept.pop("threshold", UNSET)
-    elif threshold is not None and form.sparsity == "batch_topk":
-        threshold = UNSET if math.isnan(threshold) else max(threshold, 0.0)  # below 0 all do as at 0: acts are ≥ 0
+    group_sizes = [stop - start for start, stop in pairwise([0, *plain.prefixes])]
     others = {
         "k": torch.tensor(whole(plain.k), dtype=torch.int32),
-        "group_sizes": torch.tensor(sizes),
-        "threshold": plain.threshold.detach() if form.sparsity == "jumprelu" else torch.tensor(threshold),
+        "group_sizes": torch.tensor(group_sizes),
+        "threshold": _threshold(plain, form, kept),
     }
     tensors = {its_name: form.turned(getattr(plain, name).detach()) for name, its_name in form.names().items()}
     tensors |= {name: others[name] for name in form.others}
-    config = _config(plain, dict_class, sizes, metadata, kept)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    replace(directory / WEIGHTS, lambda path: _write_pickle(tensors, path))
-    replace(directory / CONFIG, lambda path: path.write_text(json.dumps(config, indent=4) + "\n"))
+    write(directory / WEIGHTS, lambda path: _write_pickle(tensors, path))
+    write_json(directory / CONFIG, _config(plain, dict_class, group_sizes, kept), indent=4)
     return directory
 
 
@@ -180,46 +177,54 @@ def _write_pickle(tensors: dict[str, Tensor], path: Path) -> None:
         torch.save(tensors, file)
 
 
-def _dict_class(plain: MatryoshkaSAE, threshold: float | None, kept: dict[str, Any]) -> str:
-    if plain.sparsity == "topk":
+def _dict_class(plain: MatryoshkaSAE, kept: dict[str, Any]) -> str:
+    """Choose the form that holds what the SAE's inference does. Raises ValueError in one line if none does."""
+    if plain.sparsity.architecture == "topk":
         return "AutoEncoderTopK"
-    if plain.sparsity == "batch_topk" and threshold is not None:
+    if plain.sparsity.name == "batch_topk" and common_threshold(plain) is not None:
         before = (kept.get("trainer") or {}).get("dict_class")
         return "BatchTopKSAE" if before == "BatchTopKSAE" and len(plain.prefixes) == 1 else "MatryoshkaBatchTopKSAE"
-    if plain.threshold.isnan().any():
-        raise ValueError("this SAE has no threshold yet; train it or calibrate it before saving")
+    if plain.sparsity.architecture not in ("jumprelu", "standard"):
+        raise ValueError(f"dictionary_learning has no {plain.sparsity.name} SAEs; use to=saelens")
+    refuse_unset_threshold(plain)
     return "JumpReluAutoEncoder"
 
 
-def _config(
-    plain: MatryoshkaSAE, dict_class: str, sizes: list[int], metadata: dict[str, Any], kept: dict[str, Any]
-) -> dict[str, Any]:
-    form, before, hook = FORMS[dict_class], kept.get("trainer") or {}, str(metadata.get("hook_name"))
+def _threshold(plain: MatryoshkaSAE, form: Form, kept: dict[str, Any]) -> Tensor:
+    """Its threshold: of each latent, or of all; one that nothing uses is what was read."""
+    if form.sparsity == "jumprelu":
+        return plain.threshold.detach()
+    if form.sparsity == "topk":
+        return torch.tensor(kept.pop("threshold", UNSET))
+    threshold = float(plain.threshold[0])
+    return torch.tensor(UNSET if math.isnan(threshold) else max(threshold, 0.0))  # below 0 as at 0: acts are ≥ 0
+
+
+def _config(plain: MatryoshkaSAE, dict_class: str, group_sizes: list[int], kept: dict[str, Any]) -> dict[str, Any]:
+    form, metadata, before = FORMS[dict_class], plain.metadata, kept.get("trainer") or {}
+    hook = str(metadata.get("hook_name"))
     layer, residual = re.match(r"blocks\.(\d+)\.", hook), re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook)
     if before.get("dict_class") != dict_class:
         before = {}
-    if "group_sizes" in form.others and before.get("group_sizes") != sizes:
-        fractions = [size / plain.d_sae for size in sizes]
-        before = {key: value for key, value in before.items() if key != "group_weights"} | {
-            "group_fractions": fractions
-        }
-    trainer = {
-        "trainer_class": form.trainer_class,
-        "lm_name": metadata.get("model_name"),
-        "layer": int(layer[1]) if layer else None,
-        "submodule_name": f"resid_post_layer_{residual[1]}" if residual else metadata.get("hook_name"),
-        **before,
-        "dict_class": dict_class,
-        "activation_dim": plain.d_in,
-        "dict_size": plain.d_sae,
-        **({"k": whole(plain.k)} if "k" in form.others else {}),
-        **({"group_sizes": sizes} if "group_sizes" in form.others else {}),
-    }
-    buffer = {"ctx_len": metadata["context_size"]} if metadata.get("context_size") else None
+    if "group_sizes" in form.others and before.get("group_sizes") != group_sizes:
+        before = {key: value for key, value in before.items() if key != "group_weights"}
+        before["group_fractions"] = [size / plain.d_sae for size in group_sizes]
+    sizes = {"k": whole(plain.k), "group_sizes": group_sizes}
+    context = metadata.get("context_size")
     return {
-        **({"buffer": buffer} if buffer else {}),
+        **({"buffer": {"ctx_len": context}} if context else {}),
         **kept,
-        "trainer": trainer,
+        "trainer": {
+            "trainer_class": form.trainer_class,
+            "lm_name": metadata.get("model_name"),
+            "layer": int(layer[1]) if layer else None,
+            "submodule_name": f"resid_post_layer_{residual[1]}" if residual else metadata.get("hook_name"),
+            **before,
+            "dict_class": dict_class,
+            "activation_dim": plain.d_in,
+            "dict_size": plain.d_sae,
+            **{name: size for name, size in sizes.items() if name in form.others},
+        },
         "msae": {
             "k": plain.k,
             "prefixes": plain.prefixes,

@@ -1,6 +1,5 @@
 """SAEs on the Hugging Face Hub: one folder an SAE, in SAELens's layout, with a card that tells how it was trained."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,10 +12,13 @@ from huggingface_hub.errors import HTTPError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from msae.interop import load
+from msae.files import write_json
+from msae.interop import dictionary_learning, load, sparsify
 from msae.sae import MatryoshkaSAE, save_sae
+from msae.sae.files import CONFIG, WEIGHTS
 
-FILES = ("cfg.json", "sae_weights.safetensors", "sae.safetensors", "config.json", "ae.pt")  # all forms that are read
+# Of all forms that are read.
+FILES = {CONFIG, WEIGHTS} | {name for form in (sparsify, dictionary_learning) for name in (form.CONFIG, form.WEIGHTS)}
 FIGURES = ("fvu", "l0", "dead", "ce_score")
 
 
@@ -31,7 +33,7 @@ def push(
     private: bool = False,
     token: str | None = None,
 ) -> str:
-    """Upload the SAE to `<repo_id>/<sae_id>/` in one commit and return its address; the repo is made if there is none.
+    """Upload the SAE to `<repo_id>/<sae_id>/` in one commit, making the repo where there is none; return its address.
 
     runner_cfg: the run's resolved configuration. metrics: `val/{name}/p{width}`, as in metrics.json. sparsity: log10 of
     how often each latent fires, [d_sae]. The folder's README.md is the SAE's card; a repo without a README.md gets it
@@ -43,12 +45,12 @@ def push(
     with TemporaryDirectory() as temporary:
         folder = save_sae(sae, Path(temporary) / sae_id, metadata)
         if runner_cfg is not None:
-            (folder / "runner_cfg.json").write_text(json.dumps(dict(runner_cfg), indent=2) + "\n")
+            write_json(folder / "runner_cfg.json", dict(runner_cfg), indent=2)
         if sparsity is not None:
             save_file({"sparsity": sparsity.float().cpu().contiguous()}, folder / "sparsity.safetensors")
         text = card(sae, repo_id, sae_id, {**sae.metadata, **(metadata or {})}, metrics or {})
         (folder / "README.md").write_text(text)
-        with _one_line(f"push to {repo_id}"):
+        with _explained(f"push to {repo_id}"):
             api = HfApi(token=token)
             api.create_repo(repo_id, private=private, exist_ok=True)
             if not api.file_exists(repo_id, "README.md"):
@@ -64,7 +66,7 @@ def pull(repo_id: str, sae_id: str, revision: str | None = None, token: str | No
     """
     check_sae_id(sae_id)
     patterns = [f"{sae_id}/{name}" for name in FILES]
-    with _one_line(f"pull {sae_id} from {repo_id}"):
+    with _explained(f"pull {sae_id} from {repo_id}"):
         root = HfApi(token=token).snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
     folder = Path(root) / sae_id
     if not folder.is_dir():
@@ -74,7 +76,7 @@ def pull(repo_id: str, sae_id: str, revision: str | None = None, token: str | No
 
 
 def check_sae_id(sae_id: str) -> None:
-    """Raises ValueError in one line unless this is a plain path inside a repo."""
+    """Raise ValueError in one line unless this is a plain path inside a repo."""
     if not all(re.fullmatch(r"[\w.+=,@-]+", part) and part.strip(".") for part in sae_id.split("/")):
         raise ValueError(
             f"sae_id={sae_id!r} is not a folder inside the repo; use letters, digits, . _ - and /, "
@@ -83,7 +85,7 @@ def check_sae_id(sae_id: str) -> None:
 
 
 def split_reference(reference: str) -> tuple[str, str]:
-    """`user/repo/sae_id` → (`user/repo`, `sae_id`), which is empty where only the repo is given.
+    """Split `user/repo/sae_id` into `user/repo` and `sae_id`, empty where it is not given.
 
     Raises ValueError in one line.
     """
@@ -95,8 +97,8 @@ def split_reference(reference: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _one_line(doing: str) -> Iterator[None]:
-    """What the Hub and the network raise, as one line that says what to do."""
+def _explained(action: str) -> Iterator[None]:
+    """Raise whatever the Hub and the network raise as a ValueError in one line that says what to do."""
     try:
         yield
     except (HTTPError, OSError, ValueError) as error:
@@ -111,33 +113,32 @@ def _one_line(doing: str) -> Iterator[None]:
         else:
             hint = ""
         lines = str(error).strip().splitlines() or [name]
-        raise ValueError(f"cannot {doing}: {lines[0].rstrip('. ')}" + (f"; {hint}" if hint else "")) from error
+        raise ValueError(f"cannot {action}: {lines[0].rstrip('. ')}" + (f"; {hint}" if hint else "")) from error
 
 
-# --- the card -------------------------------------------------------------------------------------------------------
+# --- the card ---------------------------------------------------------------------------------------------------------
 
 
 def card(
     sae: MatryoshkaSAE, repo_id: str, sae_id: str, metadata: Mapping[str, Any], metrics: Mapping[str, float]
 ) -> str:
-    """README.md of one SAE: where it belongs, its sizes, its figures prefix by prefix, how to load it, its training."""
-    details, ours = metadata.get("training_architecture_details") or {}, metadata.get("msae") or {}
-    l0 = metrics.get(f"val/l0/p{sae.d_sae}", metadata.get("l0"))
+    """Write the README.md of one SAE: where it belongs, its sizes, figures of each prefix, loading it, its training."""
     about = {
         "model": metadata.get("model_name"),
         "hook": metadata.get("hook_name"),
-        **({"target hook": metadata.get("hook_name_out")} if sae.is_transcoder else {}),
+        "target hook": metadata.get("hook_name_out"),
         "dataset": metadata.get("dataset_path"),
         "context": metadata.get("context_size"),
         "d_in": sae.d_in,
-        **({"d_out": sae.d_out} if sae.is_transcoder else {}),
+        "d_out": sae.d_out if sae.is_transcoder else None,
         "d_sae": sae.d_sae,
         "prefixes": sae.prefixes,
-        "sparsity": sae.sparsity,
+        "sparsity": sae.sparsity.name,
         "k": sae.k,
-        "L0": l0,
+        "L0": metrics.get(f"val/l0/p{sae.d_sae}", metadata.get("l0")),
         "trained with": metadata.get("trained_with"),
     }
+    details, ours = metadata.get("training_architecture_details") or {}, metadata.get("msae") or {}
     training = {**details, **(ours.get("training") or {})}
     sections = [
         "---\nlibrary_name: saelens\ntags:\n- saelens\n- msae\n- sparse-autoencoder\n- matryoshka\n---",
@@ -152,7 +153,7 @@ def card(
         "```python\nfrom msae.interop.hub import pull\n\n"
         f'sae = pull("{repo_id}", "{sae_id}")\n'
         "acts = sae.encode(x)\nrecon = sae.decode(acts, prefix=sae.prefixes[0])\n```",
-        *(["## Training", _table(("setting", "value"), list(training.items()))] if training else []),
+        *(["## Training", _table(("setting", "value"), list(_flat(training)))] if training else []),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -163,6 +164,14 @@ def _figures(sae: MatryoshkaSAE, metrics: Mapping[str, float]) -> list[str]:
         return []
     rows = [(w, *(metrics.get(f"val/{name}/p{w}") for name in names)) for w in sae.prefixes]
     return ["## Figures on held-out data", _table(("prefix", *names), rows)]
+
+
+def _flat(settings: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{group}{name}.")
+        else:
+            yield group + name, value
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

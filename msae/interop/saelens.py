@@ -1,31 +1,30 @@
 """SAELens's form for training: k and the widths at the top of cfg.json, one float64 threshold for all latents."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from msae.interop.convert import common_threshold, read_json
+from msae.interop.convert import common_threshold, explained, read_json
 from msae.sae import MatryoshkaSAE
 from msae.sae.files import (
     CONFIG,
     LAYOUT_VERSION,
+    TENSORS,
     WEIGHTS,
-    raw_copy,
     read_tensors,
-    replace,
+    refuse_scale,
+    reshaped,
     thresholds_from_json,
     thresholds_to_json,
+    write_sae,
 )
+from msae.sae.forms import folded_copy
 
 ARCHITECTURES = ("matryoshka_batchtopk", "batchtopk")
 KEPT = "saelens_training"  # under metadata: what this form has and an SAE of ours has not
 OWN = ("d_in", "d_sae", "dtype", "k", "matryoshka_widths", "rescale_acts_by_decoder_norm", "metadata")
-WRITTEN = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def load_training(directory: str | Path) -> MatryoshkaSAE:
@@ -35,17 +34,12 @@ def load_training(directory: str | Path) -> MatryoshkaSAE:
     """
     directory = Path(directory)
     config = read_json(directory / CONFIG)
-    try:
+    with explained(f"{directory / CONFIG} is not the configuration of a BatchTopK SAE in training"):
         sae = _from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"{directory / CONFIG} is not the configuration of a BatchTopK SAE in training: {error!s}"
-        raise ValueError(message) from None
-    shapes = {name: tuple(getattr(sae, name).shape) for name in WRITTEN}
+    shapes = {name: tuple(getattr(sae, name).shape) for name in TENSORS[:-1]}
     tensors = read_tensors(directory / WEIGHTS, {**shapes, "topk_threshold": ()})
-    tensors.pop("topk_threshold")
+    threshold = float(tensors.pop("topk_threshold"))
     sae.load_state_dict(tensors, strict=False)
-    with safe_open(directory / WEIGHTS, framework="pt") as file:
-        threshold = float(file.get_tensor("topk_threshold"))
     is_set = threshold != 0 or not bool(sae.prefix_thresholds.isnan().all())
     sae.threshold.fill_(threshold if is_set else math.nan)
     sae.metadata[KEPT] = {key: value for key, value in config.items() if key not in OWN} | {"threshold": threshold}
@@ -55,11 +49,7 @@ def load_training(directory: str | Path) -> MatryoshkaSAE:
 def _from_config(config: dict[str, Any]) -> MatryoshkaSAE:
     if config["architecture"] not in ARCHITECTURES:
         raise ValueError(f"architecture is {config['architecture']!r}, expected one of {', '.join(ARCHITECTURES)}")
-    if (normalise := config.get("normalize_activations", "none")) != "none":
-        raise ValueError(
-            f"normalize_activations is {normalise!r}, expected 'none'; call fold_activation_norm_scaling_factor "
-            "in SAELens and save it again"
-        )
+    refuse_scale(config, "call fold_activation_norm_scaling_factor in SAELens and save it again")
     sae = MatryoshkaSAE(
         config["d_in"],
         config["d_sae"],
@@ -79,61 +69,57 @@ def save_training(sae: MatryoshkaSAE, directory: str | Path) -> Path:
     What `load_training` read comes out again, every bit of every tensor and every key. Raises ValueError in one line
     for transcoders, other sparsities than `batch_topk`, and thresholds that differ between latents.
     """
-    if sae.sparsity != "batch_topk" or sae.is_transcoder:
-        kind = "a transcoder" if sae.is_transcoder else f"trained with sparsity={sae.sparsity}"
+    if sae.sparsity.name != "batch_topk" or sae.is_transcoder:
+        kind = "a transcoder" if sae.is_transcoder else f"trained with sparsity={sae.sparsity.name}"
         raise ValueError(f"SAELens's training form holds BatchTopK autoencoders, this SAE is {kind}; use to=saelens")
-    plain = raw_copy(sae, rescaled=True)
+    plain = folded_copy(sae, rescaled=True)
     threshold = common_threshold(plain)
     if threshold is None:
         raise ValueError("SAELens's training form has one threshold, those of this SAE differ; use to=saelens")
-    config, kept = _to_config(plain)
-    exact = kept.get("threshold", math.nan)  # float64
+    kept = plain.metadata.pop(KEPT, {})  # from a copy
+    exact = kept.pop("threshold", math.nan)  # float64
     if math.isnan(threshold):
         exact = 0.0
     elif float(torch.tensor(exact, dtype=torch.float32)) != threshold:
         exact = threshold
-    tensors = {name: getattr(plain, name).detach().contiguous() for name in WRITTEN}
-    tensors["topk_threshold"] = torch.tensor(exact, dtype=torch.float64)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    replace(directory / WEIGHTS, lambda path: save_file(tensors, path))
-    replace(directory / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    topk_threshold = torch.tensor(exact, dtype=torch.float64)
+    write_sae(directory, _to_config(plain, kept), plain, TENSORS[:-1], topk_threshold=topk_threshold)
     return directory
 
 
-def _to_config(plain: MatryoshkaSAE) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What to write as cfg.json, and what `load_training` had kept of the one it read."""
-    known = plain.metadata  # a copy's
-    kept = known.pop(KEPT, {})
+def _to_config(plain: MatryoshkaSAE, kept: dict[str, Any]) -> dict[str, Any]:
+    """Build cfg.json; `kept` is what `load_training` kept of the one it read."""
+    metadata = plain.metadata
     is_nested = len(plain.prefixes) > 1 or kept.get("architecture") == "matryoshka_batchtopk"
     architecture = "matryoshka_batchtopk" if is_nested else "batchtopk"
-    decided = {
+    details = {
+        **(metadata.get("training_architecture_details") or {}),
         "k": plain.k,
         "rescale_acts_by_decoder_norm": plain.rescale_acts_by_decoder_norm,
-        **({"matryoshka_widths": plain.prefixes} if is_nested else {}),
+        "matryoshka_widths": plain.prefixes,
     }
-    details = known.get("training_architecture_details") or {}
-    details = {key: value for key, value in details.items() if key != "matryoshka_widths"} | decided
-    ours = known.get("msae") or {}
+    if not is_nested:
+        del details["matryoshka_widths"]
+    ours = metadata.get("msae") or {}
     if ours or not bool(plain.prefix_thresholds.isnan().all()):
-        known["msae"] = {**ours, "prefix_thresholds": thresholds_to_json(plain)}
-    config = {
-        "reshape_activations": "hook_z" if str(known.get("hook_name")).endswith("hook_z") else "none",
+        metadata["msae"] = {**ours, "prefix_thresholds": thresholds_to_json(plain)}
+    return {
+        "reshape_activations": reshaped(metadata),
         "device": "cpu",
         **details,
-        **{key: value for key, value in kept.items() if key != "threshold"},
+        **kept,
         "architecture": architecture,
         "d_in": plain.d_in,
         "d_sae": plain.d_sae,
         "dtype": "float32",
         "apply_b_dec_to_input": plain.apply_b_dec_to_input,
         "normalize_activations": "none",
-        **decided,
         "metadata": {
             "sae_lens_version": LAYOUT_VERSION,
-            **known,
+            **metadata,
             "training_architecture": architecture,
             "training_architecture_details": details,
         },
     }
-    return config, kept

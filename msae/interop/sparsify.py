@@ -1,6 +1,5 @@
 """sparsify's form: a directory named after the hook, with cfg.json and sae.safetensors; k latents of each token."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,15 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from msae.interop.convert import move_b_dec, read_json
+from msae.files import write, write_json
+from msae.interop.convert import explained, move_b_dec, read_json
 from msae.sae import MatryoshkaSAE
-from msae.sae.files import raw_copy, read_tensors, replace
+from msae.sae.files import has_unit_rows, read_tensors
+from msae.sae.forms import folded_copy
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 KEPT = "sparsify"  # under metadata: the cfg.json that was read
+READABLE = {"activation": "topk", "skip_connection": False, "signed": False}
 
 
 def load(directory: str | Path) -> MatryoshkaSAE:
@@ -23,13 +25,9 @@ def load(directory: str | Path) -> MatryoshkaSAE:
     """
     directory = Path(directory)
     config = read_json(directory / CONFIG)
-    try:
+    with explained(f"{directory / CONFIG} is not the configuration of a TopK SAE of sparsify"):
         sae = _from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{directory / CONFIG} is not the configuration of a TopK SAE of sparsify: {error!s}"
-        ) from None
-    with_decoder(directory / WEIGHTS)
+    refuse_missing_decoder(directory / WEIGHTS)
     d_in, d_sae = sae.d_in, sae.d_sae
     shapes = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     tensors = read_tensors(directory / WEIGHTS, shapes)
@@ -42,8 +40,8 @@ def load(directory: str | Path) -> MatryoshkaSAE:
     return sae.eval()
 
 
-def with_decoder(path: Path) -> None:
-    """Raises ValueError in one line where the file was saved without W_dec."""
+def refuse_missing_decoder(path: Path) -> None:
+    """Raise ValueError in one line where the file was saved without W_dec."""
     try:
         with safe_open(path, framework="pt") as file:
             has_decoder = "W_dec" in file.keys()  # noqa: SIM118
@@ -54,21 +52,14 @@ def with_decoder(path: Path) -> None:
 
 
 def _from_config(config: dict[str, Any]) -> MatryoshkaSAE:
-    expected = {"activation": "topk", "skip_connection": False, "signed": False}
-    for key, value in expected.items():
+    for key, value in READABLE.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} is {config[key]!r}, expected {value!r}, which is all that can be read")
     d_in, ours = config["d_in"], config.get("msae") or {}
     d_sae = config.get("num_latents") or d_in * config["expansion_factor"]
-    sae = MatryoshkaSAE(
-        d_in,
-        d_sae,
-        ours.get("prefixes") or [d_sae],
-        config["k"],
-        d_out=d_in if config.get("transcode") else None,
-        sparsity="topk",
-    )
-    sae.metadata = ours.get("metadata") or {}
+    d_out = d_in if config.get("transcode") else None
+    sae = MatryoshkaSAE(d_in, d_sae, ours.get("prefixes") or [d_sae], config["k"], d_out=d_out, sparsity="topk")
+    sae.metadata = dict(ours.get("metadata") or {})
     return sae
 
 
@@ -76,23 +67,22 @@ def save(sae: MatryoshkaSAE, directory: str | Path) -> Path:
     """Write the SAE for sparsify's `SparseCoder.load_from_disk`, normalisation folded in, float32.
 
     Prefixes and metadata, for which it has no key, are under `msae` in cfg.json. Raises ValueError in one line unless
-    the sparsity is `topk`, and for a transcoder into another width.
+    inference keeps each token's k largest latents, and for a transcoder into another width.
     """
-    if sae.sparsity != "topk":
+    if sae.sparsity.architecture != "topk":
         raise ValueError(
-            f"sparsify keeps k latents of each token, this SAE was trained with sparsity={sae.sparsity}; "
+            f"sparsify keeps k latents of each token, this SAE was trained with sparsity={sae.sparsity.name}; "
             "train with model.sparsity=topk, or use to=saelens"
         )
     if sae.d_out != sae.d_in:
         raise ValueError(f"sparsify's transcoders have d_out = d_in, this one has {sae.d_out} and {sae.d_in}")
-    plain = raw_copy(sae)
-    metadata = plain.metadata  # a copy's
-    kept = metadata.pop(KEPT, {})
+    plain = folded_copy(sae)
+    kept = plain.metadata.pop(KEPT, {})  # from a copy
     move_b_dec(plain, to_input=not plain.is_transcoder)
     config = {
         "expansion_factor": max(1, plain.d_sae // plain.d_in),
         "multi_topk": False,
-        "normalize_decoder": bool(((plain.W_dec.norm(dim=1) - 1).abs() < 1e-5).all()),
+        "normalize_decoder": has_unit_rows(plain),
         **kept,
         "activation": "topk",
         "num_latents": plain.d_sae,
@@ -100,12 +90,12 @@ def save(sae: MatryoshkaSAE, directory: str | Path) -> Path:
         "skip_connection": False,
         "transcode": plain.is_transcoder,
         "d_in": plain.d_in,
-        "msae": {"prefixes": plain.prefixes, "metadata": metadata},
+        "msae": {"prefixes": plain.prefixes, "metadata": plain.metadata},
     }
-    names = {"encoder.weight": plain.W_enc.T, "encoder.bias": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in names.items()}
+    weights = {"encoder.weight": plain.W_enc.T, "encoder.bias": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
+    tensors = {name: weight.detach().contiguous() for name, weight in weights.items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    replace(directory / WEIGHTS, lambda path: save_file(tensors, path))
-    replace(directory / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    write(directory / WEIGHTS, lambda path: save_file(tensors, path))
+    write_json(directory / CONFIG, config, indent=2)
     return directory

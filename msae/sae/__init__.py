@@ -1,14 +1,17 @@
-"""The sparse autoencoder as plain torch: weights, encode, decode, prefixes, sparsity, loss, files."""
+"""The sparse autoencoder as plain torch: weights, encode, decode, prefixes, sparsity, objective, files."""
 
-from msae.sae.adam import DictionaryAdam
 from msae.sae.auxk import AuxK, auxk_loss
+from msae.sae.fast import choose_kernels
+from msae.sae.fast.adam import DictionaryAdam
+from msae.sae.fast.code import SparseCode, encode_for_training, encode_sparse, prefix_errors, reconstruct
+from msae.sae.fast.loss import matryoshka_loss
 from msae.sae.files import load_sae, save_sae
+from msae.sae.forms import fold, fold_decoder_norm, permute, truncate
 from msae.sae.initial import geometric_median
-from msae.sae.loss import DenseCode, Loss, Objective, encode_for_training, matryoshka_loss, prefix_errors
 from msae.sae.model import MatryoshkaSAE
+from msae.sae.objective import DenseCode, Loss, Objective
 from msae.sae.prefixes import pareto_prefixes, resolve_prefixes
-from msae.sae.sparse import SparseCode, choose_kernels, encode_sparse, reconstruct
-from msae.sae.sparsity import L0Controller, batch_topk, jumprelu, quantile_thresholds, topk
+from msae.sae.sparsity import L0Controller, Sparsity, batch_topk, jumprelu, quantile_thresholds, topk
 
 __all__ = [
     "AuxK",
@@ -19,20 +22,25 @@ __all__ = [
     "MatryoshkaSAE",
     "Objective",
     "SparseCode",
+    "Sparsity",
     "auxk_loss",
     "batch_topk",
     "choose_kernels",
     "encode_for_training",
     "encode_sparse",
+    "fold",
+    "fold_decoder_norm",
     "geometric_median",
     "jumprelu",
     "load_sae",
     "matryoshka_loss",
     "pareto_prefixes",
+    "permute",
     "prefix_errors",
     "quantile_thresholds",
     "reconstruct",
     "resolve_prefixes",
     "save_sae",
     "topk",
+    "truncate",
 ]

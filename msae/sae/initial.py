@@ -9,7 +9,21 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-Init = Literal["tied", "tied_uniform", "uniform", "normal"]
+from msae.settings import Positive, settings
+
+InitialWeights = Literal["tied", "tied_uniform", "uniform", "normal"]
+
+
+@settings
+class Init:
+    """How an SAE starts."""
+
+    weights: InitialWeights = "tied"
+    """`tied`, `tied_uniform`: W_enc = W_decᵀ, drawn normal or uniform; `normal`, `uniform`: W_enc as drawn."""
+    decoder_norm: Positive = 1.0
+    """Norm of the decoder's rows; 1 unless `decoder` leaves norms free."""
+    b_dec: Literal["zero", "mean", "geometric_median"] = "mean"
+    """Where b_dec begins: 0, E y', or the geometric median of the first batch."""
 
 
 def _normal(d_sae: int, d_in: int, generator: torch.Generator) -> Tensor:
@@ -30,9 +44,9 @@ DRAWS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
 
 
 def initial_weights(
-    d_in: int, d_sae: int, d_out: int | None, init: Init, decoder_norm: float, seed: int
+    d_in: int, d_sae: int, d_out: int | None, init: InitialWeights, decoder_norm: float, seed: int
 ) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, "d_sae d_out"]]:
-    """W_enc and W_dec from one draw R [d_sae, d_in]: W_dec has its directions, of length `decoder_norm`.
+    """W_enc and W_dec from one draw R [d_sae, d_in], whose directions W_dec has, with rows of norm `decoder_norm`.
 
     `tied`, `tied_uniform`: W_enc = W_decᵀ, with R normal or uniform. `normal`: W_enc = Rᵀ ~ N(0, 1/d_in).
     `uniform`: W_enc = Rᵀ ~ U(±√(6/d_sae)). For a transcoder (d_out not None) W_dec has random directions of its own.
@@ -54,12 +68,10 @@ def geometric_median(
     median = points.mean(0)
     for _ in range(iterations):
         distance = (points - median).norm(dim=1)
-        weights = torch.where(distance > 0, 1 / distance, 0)  # a point that the median lies on must not hold it there
+        weights = torch.where(distance > 0, 1 / distance, 0)  # a point at the median must not hold it there
         if not weights.any():
             break
-        moved = (weights @ points) / weights.sum()
-        done = bool((moved - median).norm() < tolerance)
-        median = moved
-        if done:
+        previous, median = median, (weights @ points) / weights.sum()
+        if (median - previous).norm() < tolerance:
             break
     return median

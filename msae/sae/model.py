@@ -1,6 +1,5 @@
 """A Matryoshka sparse autoencoder in plain torch (arXiv 2503.17547); with one prefix it is a vanilla one."""
 
-import copy
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -9,11 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from msae.sae.initial import Init, initial_weights
+from msae.sae.initial import InitialWeights, initial_weights
 from msae.sae.prefixes import resolve_prefixes
-from msae.sae.sparsity import batch_topk, jumprelu, topk
+from msae.sae.sparsity import BatchTopK, Sparsity, sparsity_of
 
-Sparsity = Literal["batch_topk", "topk", "jumprelu", "l1", "log"]
 Normalise = Literal["none", "unit_mean_square", "unit_rms", "unit_variance", "centred"]
 
 
@@ -26,11 +24,11 @@ class MatryoshkaSAE(nn.Module):
     Shapes: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out], threshold [d_sae].
     - An autoencoder has y = x. With `d_out` it is a transcoder: y is another activation, with s_y and μ_y of its own,
       and b_dec is not subtracted from the input (`apply_b_dec_to_input`).
-    - `sparsity` selects while training. At inference `topk` selects the same way; all others are active above
-      `threshold`: calibrated for `batch_topk`, learned for `jumprelu`, 0 for `l1` and `log` (a ReLU).
+    - `sparsity` selects, while training and at inference: a mechanism of `msae.sae.sparsity`, or its name.
     - `rescale_acts_by_decoder_norm`: pre is multiplied by ‖W_dec row‖ and the decoder used as if its rows had norm 1.
     - `scale` s and `mean` μ normalise activations while training; `fold` moves them into the weights, and a saved SAE
       maps raw activations to raw activations.
+    - `kernels` says how batches are computed (`msae.sae.fast`); it is no part of the SAE.
     Raises ValueError for impossible sizes.
     """
 
@@ -49,14 +47,9 @@ class MatryoshkaSAE(nn.Module):
         *("threshold", "prefix_thresholds", "threshold_ema", "threshold_weight", "use"),
         *("scale", "mean", "output_scale", "output_mean"),
     )
-    LATENT_AXIS: ClassVar[dict[str, int]] = {
-        "W_enc": 1,
-        "b_enc": 0,
-        "W_dec": 0,
-        "threshold": 0,
-        "tokens_since_fired": 0,
-        "use": 0,
-    }
+    LATENT_AXIS: ClassVar[dict[str, int]] = {"W_enc": 1} | dict.fromkeys(
+        ("b_enc", "W_dec", "threshold", "tokens_since_fired", "use"), 0
+    )
 
     def __init__(
         self,
@@ -66,39 +59,41 @@ class MatryoshkaSAE(nn.Module):
         k: float,
         seed: int = 0,
         d_out: int | None = None,
-        sparsity: Sparsity = "batch_topk",
+        sparsity: Sparsity | str | dict[str, Any] = BatchTopK.name,
         rescale_acts_by_decoder_norm: bool = False,
         apply_b_dec_to_input: bool = True,
         encoder_bias: bool = True,
-        init: Init = "tied",
+        init: InitialWeights = "tied",
         decoder_init_norm: float = 1.0,
-        threshold_init: float = 0.001,
-        bandwidth: float = 0.001,
     ) -> None:
         super().__init__()
         if d_in <= 0 or d_sae <= 0:
             raise ValueError(f"d_in={d_in} and d_sae={d_sae} must be positive")
         if not 0 < k <= d_sae:
             raise ValueError(f"model.k={k} must be positive and at most d_sae={d_sae}")
-        if sparsity == "topk" and k != int(k):
-            raise ValueError(f"model.k={k} must be whole with model.sparsity=topk, which keeps k latents of each token")
+        self.sparsity = sparsity_of(sparsity)
+        if self.ranks_at_inference and k != int(k):
+            name = self.sparsity.name
+            raise ValueError(
+                f"model.k={k} must be whole with model.sparsity={name}, which keeps k latents of each token"
+            )
         self.d_in, self.d_sae, self.d_out, self.k = d_in, d_sae, d_out or d_in, k
         self.is_transcoder = d_out is not None
-        self.sparsity: Sparsity = sparsity
         self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
         self.apply_b_dec_to_input = apply_b_dec_to_input and not self.is_transcoder
-        self.bandwidth = bandwidth
         self.prefixes = resolve_prefixes(prefixes, d_sae)
         self.metadata: dict[str, Any] = {}
+        self.kernels = "auto"
 
         W_enc, W_dec = initial_weights(d_in, d_sae, d_out, init, decoder_init_norm, seed)
         self.W_enc, self.W_dec = nn.Parameter(W_enc), nn.Parameter(W_dec)
         self.b_enc = nn.Parameter(torch.zeros(d_sae), requires_grad=encoder_bias)
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
-        if sparsity == "jumprelu":
-            self.threshold = nn.Parameter(torch.full((d_sae,), threshold_init))
-        else:  # not set yet, but for a ReLU
-            self.register_buffer("threshold", torch.full((d_sae,), 0.0 if sparsity in ("l1", "log") else torch.nan))
+        threshold = torch.full((d_sae,), self.sparsity.first_threshold())
+        if self.sparsity.threshold_is == "learned":
+            self.threshold = nn.Parameter(threshold)
+        else:
+            self.register_buffer("threshold", threshold)
 
         self.register_buffer("prefix_thresholds", torch.full((len(self.prefixes),), torch.nan))
         self.register_buffer("threshold_ema", torch.zeros(()))
@@ -112,6 +107,11 @@ class MatryoshkaSAE(nn.Module):
             self.register_buffer("output_mean", torch.zeros(self.d_out))
 
     @property
+    def ranks_at_inference(self) -> bool:
+        """Whether inference takes each token's largest latents instead of those above a threshold."""
+        return self.sparsity.threshold_is == "unused"
+
+    @property
     def target_scale(self) -> Tensor:
         """s_y: an autoencoder's is that of its input."""
         return self._buffers["output_scale"] if self.is_transcoder else self.scale  # type: ignore[return-value]
@@ -121,24 +121,31 @@ class MatryoshkaSAE(nn.Module):
         """μ_y [d_out]: an autoencoder's is that of its input."""
         return self._buffers["output_mean"] if self.is_transcoder else self.mean  # type: ignore[return-value]
 
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments, besides sizes, that decide how this SAE encodes and decodes."""
+        return {
+            "d_out": self.d_out if self.is_transcoder else None,
+            "sparsity": self.sparsity,
+            "rescale_acts_by_decoder_norm": self.rescale_acts_by_decoder_norm,
+            "apply_b_dec_to_input": self.apply_b_dec_to_input,
+            "encoder_bias": self.b_enc.requires_grad,
+        }
+
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        exact = {name: t.detach() for name in self._EXACT if (t := self._tensor(name)) is not None}
+        exact = {name: t.detach() for name in self._EXACT if (t := self.tensor(name)) is not None}
         super()._apply(fn, recurse)
         for name, before in exact.items():
-            after = self._tensor(name)
+            after = self.tensor(name)
             assert after is not None
             if torch.finfo(after.dtype).bits < 32:
-                kept = before.to(after.device, torch.float32)
-                if isinstance(after, nn.Parameter):
-                    after.data = kept
-                else:
-                    self._buffers[name] = kept
+                after.data = before.to(after.device, torch.float32)
         return self
 
-    def _tensor(self, name: str) -> Tensor | None:
+    def tensor(self, name: str) -> Tensor | None:
+        """A parameter or buffer, None if this SAE has none of that name."""
         return self._buffers.get(name, self._parameters.get(name))
 
-    # --- encode and decode -------------------------------------------------------------------------------------
+    # --- encode and decode --------------------------------------------------------------------------------------------
 
     def pre(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Pre-activations (s (x − μ) − b_dec) W_enc + b_enc of raw activations x, × ‖W_dec row‖ where rescaled."""
@@ -147,39 +154,31 @@ class MatryoshkaSAE(nn.Module):
 
     def encoder_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """s (x − μ) − b_dec, or s (x − μ) where b_dec is not applied to the input."""
-        x = (x - self.mean).mul_(self.scale).to(self.W_enc.dtype)  # in place: a batch held once less
+        x = (x - self.mean).mul_(self.scale).to(self.W_enc.dtype)  # in place: one copy of the batch less
         return x.sub_(self.b_dec) if self.apply_b_dec_to_input else x
 
     def select(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        """The latent activations of a training batch."""
-        if self.sparsity == "batch_topk":
-            return batch_topk(pre, self.k)
-        if self.sparsity == "topk":
-            return topk(pre, int(self.k))
-        if self.sparsity == "jumprelu":
-            return jumprelu(pre, self.threshold.to(pre.dtype), self.bandwidth)
-        return pre.relu()
+        """Latent activations of a training batch."""
+        return self.sparsity.select(pre, self.k, self.threshold)
 
     def encode(self, x: Float[Tensor, "*batch d_in"], prefix: int | None = None) -> Float[Tensor, "*batch width"]:
         """Latent activations at inference, of the first `prefix` latents if given.
 
         Independent of the rest of the batch and of train() or eval(). Raises ValueError while no threshold is set.
         """
-        pre, width = self.pre(x), self._width(prefix)
-        if self.sparsity == "topk":
-            return topk(pre, int(self.k))[..., :width]
-        return torch.where(pre > self.known_threshold().to(pre.dtype), pre.relu(), 0.0)[..., :width]
+        pre, width = self.pre(x), self.width(prefix)
+        return self.sparsity.infer(pre, self.k, self.known_threshold())[..., :width]
 
     def known_threshold(self) -> Float[Tensor, " d_sae"]:
-        """The threshold at inference. Raises ValueError while none is set."""
-        if torch.isnan(self.threshold[0]):
+        """The threshold at inference. Raises ValueError while none is set, unless none is used."""
+        if not self.ranks_at_inference and torch.isnan(self.threshold[0]):
             raise ValueError("this SAE has no threshold yet; train it or calibrate it before encoding")
         return self.threshold
 
     def decode(self, acts: Float[Tensor, "*batch width"], prefix: int | None = None) -> Float[Tensor, "*batch d_out"]:
-        """Raw activations (acts[:m] W_dec[:m] + b_dec) / s + μ from the first m = `prefix` latents (all given ones)."""
-        width = self._width(prefix if prefix is not None else acts.shape[-1])
-        return self.unscale(self._normed(acts)[..., :width] @ self.W_dec[:width] + self.b_dec)
+        """Raw activations (acts[:m] W_dec[:m] + b_dec) / s + μ from the first m = `prefix` latents, or all in acts."""
+        width = self.width(prefix if prefix is not None else acts.shape[-1])
+        return self.unscale(self.coefficients(acts)[..., :width] @ self.W_dec[:width] + self.b_dec)
 
     def forward(self, x: Float[Tensor, "*batch d_in"], prefix: int | None = None) -> Float[Tensor, "*batch d_out"]:
         """decode(encode(x)) at a prefix."""
@@ -197,7 +196,7 @@ class MatryoshkaSAE(nn.Module):
         assert prefixes[-1] == self.d_sae, f"prefixes {prefixes} do not end at {self.d_sae}"
         # split, not slices: the backward of a slice fills a whole [batch, d_sae] with zeros for each of them
         sizes = [stop - start for start, stop in pairwise([0, *prefixes])]
-        groups = zip(self._normed(acts).split(sizes, dim=1), self.W_dec.split(sizes), strict=True)
+        groups = zip(self.coefficients(acts).split(sizes, dim=1), self.W_dec.split(sizes), strict=True)
         recons: list[Tensor] = []
         recon = self.b_dec.expand(len(acts), -1)
         for group, directions in groups:
@@ -215,112 +214,25 @@ class MatryoshkaSAE(nn.Module):
         """Raw units: recon / s_y + μ_y."""
         return (recon / self.target_scale + self.target_mean).to(recon.dtype)
 
-    def _normed(self, acts: Tensor) -> Tensor:
-        """What multiplies W_dec: acts, ÷ ‖W_dec row‖ where they were rescaled by it."""
+    def coefficients(self, acts: Tensor) -> Tensor:
+        """The coefficients of W_dec's rows: acts, ÷ ‖W_dec row‖ where they were rescaled by it."""
         if not self.rescale_acts_by_decoder_norm:
             return acts
         return acts * (1 / self.W_dec[: acts.shape[-1]].norm(dim=1))
 
-    def _width(self, prefix: int | None) -> int:
+    def contribution_norm(self) -> Tensor | float:
+        """‖W_dec row‖ [d_sae], or 1 where acts are rescaled by it: acts × this are the lengths of what latents add."""
+        return 1.0 if self.rescale_acts_by_decoder_norm else self.W_dec.norm(dim=1)
+
+    def width(self, prefix: int | None) -> int:
+        """The width of a prefix, d_sae if None. Raises ValueError for an impossible one."""
         if prefix is None:
             return self.d_sae
         if not 0 < prefix <= self.d_sae:
             raise ValueError(f"prefix={prefix} must lie between 1 and d_sae={self.d_sae}")
         return prefix
 
-    # --- other forms of the same SAE ---------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def truncate(self, prefix: int, own_threshold: bool = False) -> "MatryoshkaSAE":
-        """A smaller SAE of the first `prefix` latents, a copy; its codes are those of encode(x, prefix).
-
-        With `own_threshold` its threshold is the one at which these latents alone have k active (calibrated for the
-        widths in `prefixes`). A `topk` SAE has its k among these latents. Raises ValueError for impossible widths.
-        """
-        width = self._width(prefix)
-        inner = [p for p in self.prefixes if p < width]
-        small = MatryoshkaSAE(self.d_in, width, [*inner, width], min(self.k, width), **self.options())
-        state = self.state_dict()
-        for name, axis in self.LATENT_AXIS.items():
-            state[name] = state[name].narrow(axis, 0, width)
-        # the last of prefix_thresholds is what `threshold` was made of, before decoder norms were folded into it
-        shared = self.prefix_thresholds[-1]
-        state["prefix_thresholds"] = torch.stack([*self.prefix_thresholds[: len(inner)], shared])
-        small.to(self.W_dec).load_state_dict(state)
-        small.metadata = copy.deepcopy(self.metadata)
-        if own_threshold:
-            if width not in self.prefixes or torch.isnan(own := self.prefix_thresholds[self.prefixes.index(width)]):
-                raise ValueError(f"no threshold is calibrated for {width} latents alone; they are for {self.prefixes}")
-            is_one = bool((self.threshold == shared).all())
-            small.threshold.copy_(own if is_one else small.threshold * (own / shared))
-            small.prefix_thresholds[-1] = own
-        return small
-
-    def options(self) -> dict[str, Any]:
-        """The constructor's arguments beyond sizes that decide how this SAE encodes and decodes."""
-        return {
-            "d_out": self.d_out if self.is_transcoder else None,
-            "sparsity": self.sparsity,
-            "rescale_acts_by_decoder_norm": self.rescale_acts_by_decoder_norm,
-            "apply_b_dec_to_input": self.apply_b_dec_to_input,
-            "encoder_bias": self.b_enc.requires_grad,
-            "bandwidth": self.bandwidth,
-        }
-
-    @torch.no_grad()
-    def fold_decoder_norm(self) -> None:
-        """Give every decoder row unit norm n → 1 without changing what comes out: acts × n, W_dec / n.
-
-        W_enc, b_enc and the threshold are multiplied by n; not where pre was rescaled by n, whose units they have.
-        For `topk` without rescaling this changes which latents are the largest, so it raises ValueError.
-        """
-        if self.sparsity == "topk" and not self.rescale_acts_by_decoder_norm:
-            raise ValueError("folding decoder norms would change which latents a topk SAE selects")
-        norm = self.W_dec.norm(dim=1).clamp_min(1e-12)
-        self.W_dec.div_(norm[:, None])
-        self.W_enc.mul_(norm)
-        self.b_enc.mul_(norm)
-        if not self.rescale_acts_by_decoder_norm:
-            self.threshold.mul_(norm)
-        self.rescale_acts_by_decoder_norm = False
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Fold normalisation (and rescaled decoder norms) into the weights: s = 1, μ = 0, raw activations in and out.
-
-        acts become acts / s_y, in raw units, and the decoder keeps its rows:
-        W_enc s / s_y,  b_dec / s_y + μ_y,  θ / s_y,  b_enc / s_y (− μ W_enc where b_dec is not applied to the input).
-        """
-        if self.rescale_acts_by_decoder_norm:
-            self.fold_decoder_norm()
-        ratio = self.scale / self.target_scale
-        if float(ratio) != 1:
-            self.W_enc.mul_(ratio)
-        for tensor in (self.b_enc, self.b_dec, self.threshold, self.prefix_thresholds, self.threshold_ema):
-            tensor.div_(self.target_scale)
-        if not self.apply_b_dec_to_input and bool(self.mean.any()):
-            self.b_enc.sub_((self.mean.double() @ self.W_enc.double()).to(self.b_enc))
-        self.b_dec.add_(self.target_mean)
-        self.scale.fill_(1.0), self.mean.zero_()
-        self.target_scale.fill_(1.0), self.target_mean.zero_()
-
-    @torch.no_grad()
-    def permute(self, order: Int[Tensor, " d_sae"], optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Re-sort the latents: latent i becomes what latent order[i] was, in weights, EMAs, counters and Adam's state.
-
-        Every tensor of the optimizer that has a parameter's shape moves with it.
-        """
-        for name, axis in self.LATENT_AXIS.items():
-            tensor = self._tensor(name)
-            assert tensor is not None
-            moving = [tensor.data]
-            if optimizer is not None and isinstance(tensor, nn.Parameter):
-                state = optimizer.state.get(tensor, {})
-                moving += [s for s in state.values() if isinstance(s, Tensor) and s.shape == tensor.shape]
-            for t in moving:
-                t.copy_(t.index_select(axis, order))
-
-    # --- training state ----------------------------------------------------------------------------------------
+    # --- training state -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def set_statistics(
@@ -347,28 +259,22 @@ class MatryoshkaSAE(nn.Module):
         variance = mean_square - float(mean.double().square().sum())
         if not variance > 0:
             raise ValueError(f"the activations have variance {variance:.3g}; there is nothing to reconstruct")
-        units = {
-            "none": 1.0,
-            "unit_mean_square": mean_square,
-            "unit_rms": mean_square / len(mean),
-            "unit_variance": variance,
-            "centred": variance,
-        }
-        scale.fill_(units[normalise] ** -0.5)
+        units = {"none": 1.0, "unit_mean_square": mean_square, "unit_rms": mean_square / len(mean)}
+        scale.fill_(units.get(normalise, variance) ** -0.5)
         shift.copy_(mean if normalise == "centred" else torch.zeros_like(mean))
 
     @torch.no_grad()
     def update_threshold(self, acts: Float[Tensor, "*entries"], rate: float) -> None:
         """EMA of the smallest active value, bias-corrected: θ = Σ_i rate (1−rate)^i min_i / (1 − (1−rate)^t)."""
         smallest = torch.where(acts > 0, acts, torch.inf).amin().float()
-        seen = torch.isfinite(smallest)
-        self.threshold_ema.lerp_(torch.where(seen, smallest, self.threshold_ema), rate)
-        self.threshold_weight.lerp_(torch.where(seen, 1.0, self.threshold_weight), rate)
+        any_active = torch.isfinite(smallest)
+        self.threshold_ema.lerp_(torch.where(any_active, smallest, self.threshold_ema), rate)
+        self.threshold_weight.lerp_(torch.where(any_active, 1.0, self.threshold_weight), rate)
         self.threshold.copy_((self.threshold_ema / self.threshold_weight).expand(self.d_sae))  # 0 / 0: still not set
 
     @torch.no_grad()
     def update_fired(self, fired: Int[Tensor, " d_sae"], tokens: int) -> None:
-        """Count for each latent the tokens since it last fired; fired > 0 where it did among these tokens."""
+        """Count the tokens since each latent last fired; fired > 0 where it fired among these `tokens`."""
         self.tokens_since_fired.add_(tokens).masked_fill_(fired > 0, 0)
 
     @torch.no_grad()
@@ -384,10 +290,3 @@ class MatryoshkaSAE(nn.Module):
     def normalise_decoder(self) -> None:
         """Bring every decoder row to unit norm."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
-
-    @torch.no_grad()
-    def project_decoder_gradient(self) -> None:
-        """Remove from each row's gradient its part parallel to the (unit) row: it would only change the norm."""
-        if self.W_dec.grad is not None:
-            parallel = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
-            self.W_dec.grad.addcmul_(parallel, self.W_dec, value=-1)

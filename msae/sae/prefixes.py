@@ -2,8 +2,21 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
+
+from msae.settings import Count, settings
+
+
+@settings
+class PrefixSampling:
+    """Which prefixes a training step has; figures and files always have those of `model.prefixes`."""
+
+    kind: Literal["fixed", "random", "every"] = "fixed"
+    """`fixed`: model.prefixes; `random`: drawn anew each step, short ones most often; `every`: all widths."""
+    n_prefixes: Count | None = None
+    """How many a random draw has; null: as many as model.prefixes."""
 
 
 def resolve_prefixes(prefixes: Sequence[int | float], d_sae: int) -> list[int]:
@@ -39,7 +52,7 @@ def pareto_prefixes(d_sae: int, n: int, generator: torch.Generator, power: float
     noanabeshima/matryoshka-saes, power 1/2). Raises ValueError unless 1 ≤ n ≤ d_sae.
     """
     if not 1 <= n <= d_sae:
-        raise ValueError(f"model.n_prefixes={n} must lie between 1 and d_sae={d_sae}")
+        raise ValueError(f"model.sampling.n_prefixes={n} must lie between 1 and d_sae={d_sae}")
     if n == 1:
         return [d_sae]
     density = (torch.arange(d_sae, dtype=torch.float64) ** power).diff()

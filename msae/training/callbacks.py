@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from msae.progress import progress
-from msae.training.module import METRICS
+from msae.training.step import METRICS
 
 
 class Interrupted(BaseException):
@@ -66,7 +66,7 @@ class TokenProgress(L.Callback):
         self._bar = progress(0, "train", disable=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        batch_tokens = trainer.datamodule.batch_tokens  # type: ignore[attr-defined]
+        batch_tokens = trainer.datamodule.activations.data.batch_tokens  # type: ignore[attr-defined]
         self.tokens_per_step = batch_tokens * trainer.world_size * trainer.accumulate_grad_batches
         self._shown = trainer.global_step
         self._bar = progress(

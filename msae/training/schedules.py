@@ -1,44 +1,54 @@
 """What changes over a run, as pure functions of the step: the learning rate, and what the inner levels weigh."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from msae.settings import Natural, NonNegative, Share, settings
 
 
-@dataclass(frozen=True)
+@settings
 class LearningRate:
-    """A rise over `warmup_steps` from `start` (null: as if one step were done), a fall from `decay_start` to `end`.
+    """A rise to the learning rate, and a fall from it."""
 
-    `start` and `end` are shares of the learning rate, `decay_start` is one of all steps.
-    """
-
-    warmup_steps: int
-    shape: Literal["linear", "cosine"]
-    start: float | None
-    decay_start: float
-    end: float
+    warmup_steps: Natural = 1000
+    """Steps of the rise."""
+    warmup_shape: Literal["linear", "cosine"] = "linear"
+    """Its shape."""
+    warmup_start: Share | None = None
+    """Share of lr at the first step; null: as if one step were done."""
+    decay_start: Share = 0.8
+    """Share of all steps after which lr falls linearly."""
+    decay_end: Share = 0.0
+    """Share of lr to which it falls."""
 
     def factor(self, step: int, total: int) -> float:
         """What lr is multiplied by at this step of `total`."""
         warmup, decay_from = min(self.warmup_steps, total), self.decay_start * total
-        start, done = self.start or 0.0, step + (self.start is None)
+        start, done = self.warmup_start or 0.0, step + (self.warmup_start is None)
         rise = min(1.0, done / warmup) if warmup else 1.0
-        if self.shape == "cosine":
+        if self.warmup_shape == "cosine":
             rise = (1 - math.cos(math.pi * rise)) / 2
         rise = start + (1 - start) * rise
         fall = 1.0 if step < decay_from else (total - step) / max(1.0, total - decay_from)
-        return min(rise, self.end + (1 - self.end) * max(0.0, fall))
+        return min(rise, self.decay_end + (1 - self.decay_end) * max(0.0, fall))
 
 
-@dataclass(frozen=True)
+@settings
 class Fading:
-    """The weight of all levels but the outermost: 1 up to the first of two shares of all steps, 0 from the second on.
+    """The weight of all levels but the outermost: 1, then falling, then 0."""
 
-    Between them it falls to `end`, by a constant factor a step (linearly if `end` is 0). `between` null: always 1.
-    """
+    between: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
+    """Two shares of all steps between which the weight falls; then the outermost is trained alone. null: never."""
+    end: Share = 0.02
+    """What it falls to, by a constant factor a step; 0: linearly."""
+    encoder_decay: NonNegative = 0.0
+    """Decoupled decay of W_enc, lr · this · W_enc a step, once the weight falls (always, where it never does)."""
 
-    between: list[float] | None
-    end: float
+    def __post_init__(self) -> None:
+        if self.between is not None and self.between[0] > self.between[1]:
+            raise ValueError(f"model.fading.between={self.between} must be two shares, the first not after the second")
 
     def weight(self, step: int, total: int) -> float:
         """The weight at this step of `total`."""
@@ -49,3 +59,7 @@ class Fading:
         if done >= 1:
             return 0.0
         return float(self.end**done) if self.end > 0 else 1 - done
+
+    def decay(self, step: int, total: int) -> float:
+        """The weight decay of W_enc at this step of `total`."""
+        return self.encoder_decay if self.between is None or self.weight(step, total) < 1 else 0.0

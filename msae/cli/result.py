@@ -1,0 +1,84 @@
+"""What a run says at its end, and the table of all runs."""
+
+import re
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from msae.cli.table import columns, numbers, widest
+from msae.progress import say
+from msae.runs import Run, deciding
+
+OF_PREFIXES = ("fvu", "mse", "l0", "dead", "ce", "ce_score")
+OF_ARMS = (
+    *("val/fvu", "val/l0", "val/dead", "val/ce_score"),
+    *("truth/mcc", "truth/firing_f1", "truth/parent_silent_given_child", "truth/cos_child_parent"),
+)
+
+
+def print_metrics(run: Run, metrics: dict[str, float]) -> None:
+    """One row a prefix, then the figures that concern the whole SAE, and where everything is."""
+    widths = sorted({int(key.rpartition("/p")[2]) for key in metrics if re.search(r"/p\d+$", key)})
+    names = [name for name in OF_PREFIXES if f"val/{name}/p{widths[-1]}" in metrics]
+    table = Table("prefix", *names, title="held-out rows")
+    for width in widths:
+        table.add_row(str(width), *(f"{metrics[f'val/{name}/p{width}']:.4g}" for name in names))
+    console = Console()
+    console.print(table)
+    rest = Table(box=None, show_header=False)
+    for key, value in metrics.items():
+        if not re.search(r"/p\d+$", key):
+            rest.add_row(key, f"{value:,.0f}" if key == "train/tokens" else f"{value:.4g}")
+    console.print(rest)
+    say(f"sae:     {run.sae_directory}\nmetrics: {run.metrics_file}\ncharts:  tensorboard --logdir {run.path.parent}")
+
+
+def print_arms(run: Run, metrics: dict[str, dict[str, float]]) -> None:
+    """One row an arm, of its widest prefix."""
+    rows = {name: of_arm | widest(of_arm) for name, of_arm in metrics.items()}
+    columns = [key for key in OF_ARMS if any(key in row for row in rows.values())]
+    names = [Column(key.rpartition("/")[2], overflow="fold") for key in columns]
+    table = Table(Column("arm", overflow="fold"), *names, title="held-out rows, all latents")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[key]:.4g}" if key in row else "" for key in columns))
+    Console().print(table)
+    say(f"arms:    {run.arms_file}\ncharts:  tensorboard --logdir {run}")
+
+
+def print_runs(runs: list[Run]) -> None:
+    """Name, when, state, tokens, FVU, L0 of each run, and the settings in which they differ."""
+    settings = [settings_of(run) for run in runs]
+    varying = [key for key in columns(settings) if len({str(of_run.get(key)) for of_run in settings}) > 1]
+    varying = [key for key in varying if key != "name" and not key.startswith(("arms", "grid"))]
+    names = ["when", "state", "tokens", "FVU", "L0", *(escape(key.removeprefix("model.")) for key in varying)]
+    table = Table(Column("run", no_wrap=True), *(Column(name, overflow="fold") for name in names))
+    for run, of_run in zip(runs, settings, strict=True):
+        figures = numbers(of_run | (metrics := run.outcome()[0]) | widest(metrics))
+        when = datetime.fromtimestamp(run.config_file.stat().st_mtime)
+        tokens = figures.get("train/tokens", figures.get("tokens"))
+        cells = [str(run), f"{when:%Y-%m-%d %H:%M}", run.state, "" if tokens is None else f"{tokens:,.0f}"]
+        cells += [f"{figures[key]:.4g}" if key in figures else "" for key in ("val/fvu", "val/l0")]
+        cells += ["" if of_run.get(key) is None else str(of_run[key]) for key in varying]
+        table.add_row(*map(escape, cells))
+    Console().print(table)
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """The settings that decide what a run makes, an arm's own over its run's; none, and a line, if unreadable."""
+    try:
+        return deciding(run.config) | arm_settings(run)
+    except ValueError as error:
+        say(str(error))
+        return {}
+
+
+def arm_settings(run: Run) -> dict[str, Any]:
+    """What an arm, or a grid, sets in its model; nothing for a run of one SAE."""
+    if run.of is None:
+        return {}
+    arm = next(arm for arm in run.of.arms() if arm.name == run.path.name)
+    given = (run.of.config.get("arms") or {}).get(arm.arm) or {}
+    return {"arm": arm.arm, **{f"model.{key}": value for key, value in deciding(given).items()}, **arm.settings}

@@ -1,0 +1,114 @@
+"""The activations of a run: the `data.*` settings, and the open shards that they describe."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, WithJsonSchema
+
+from msae.data.harvest import harvest
+from msae.data.rolling import Rolling, roll
+from msae.data.shards import Shards
+from msae.settings import Count, Positive, build, settings
+from msae.sources.source import Source
+
+
+def source_of(value: Any) -> Source:
+    """The source that `data.source` describes. Raises ValueError in one line."""
+    source = build(value, "data.source")
+    if not isinstance(source, Source):
+        raise ValueError(f"data.source={value} is not a source of activations; see conf/data")
+    return source
+
+
+@settings
+class Data:
+    """The activations that an SAE is trained on: the keys `data.*`."""
+
+    source: Annotated[Any, BeforeValidator(source_of), WithJsonSchema({"title": "a source, by its _target_"})]
+    """Where activations come from: the class named by `_target_`, with its settings."""
+    batch_tokens: Count = 4096
+    """Rows of a batch, on each device."""
+    root: str = "shards"
+    """Directory of the shard directories."""
+    hook_name: str | None = None
+    """The source's hook to train on; null: its first."""
+    target_hook_name: str | None = None
+    """The hook that a transcoder reconstructs; null: the input itself."""
+    seed: int = 0
+    """Seed of the row order."""
+    exhausted: Literal["repeat", "stop"] = "repeat"
+    """When `tokens` exceeds the data: repeat the rows in another order, or stop after one epoch."""
+    max_disk_gb: Positive | None = 100.0
+    """Refuse a harvest that needs more disk; null: no limit."""
+    rolling_gb: Positive | None = None
+    """Harvest while training reads, with at most so many GB of shards on disk; null: harvest all of it first."""
+    val_rows: Count | None = None
+    """Held-out rows that validation reads; null: all."""
+    prefetch: Count = 4
+    """Batches made ahead."""
+
+    def __post_init__(self) -> None:
+        for key, name in (("hook_name", self.hook_name), ("target_hook_name", self.target_hook_name)):
+            if name is not None and name not in self.source.hook_names:
+                raise ValueError(
+                    f"data.{key}={name} is not among the harvested {list(self.source.hook_names)}; "
+                    "add it to data.source.hook_names"
+                )
+        if self.target_hook_name == self.hook:
+            raise ValueError(
+                f"data.target_hook_name={self.hook} is the input itself; drop it, or set data.hook_name to "
+                "another of data.source.hook_names"
+            )
+        if self.rolling_gb is not None and self.exhausted == "stop":
+            raise ValueError(
+                "data.exhausted=stop needs the number of rows before training, which data.rolling_gb learns only at "
+                "the end of the data; drop one of the two, and set tokens=… to the rows you want"
+            )
+
+    def identify(self) -> None:
+        """Compute the source's identity, which needs its model and text. Raises ValueError in one line."""
+        for hook_name in self.source.hook_names:
+            self.source.identity(hook_name)
+
+    @property
+    def hook(self) -> str:
+        """The hook to train on."""
+        return self.hook_name or str(self.source.hook_names[0])
+
+
+class Activations:
+    """The open shards that `Data` describes; harvests them if they are missing."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self.rolling: Rolling | None = None
+        if data.rolling_gb is None:
+            opened = harvest(data.source, data.root, data.max_disk_gb)
+        else:
+            hooks = [data.hook, *filter(None, [data.target_hook_name])]
+            opened, self.rolling = roll(data.source, hooks, data.root, data.rolling_gb)
+        self.shards: Shards = opened[data.hook]
+        self.target: Shards | None = opened[data.target_hook_name] if data.target_hook_name else None
+
+    def steps(self, tokens: int, world: int = 1, accumulate: int = 1) -> int:
+        """Optimizer steps for a token budget: ceil(tokens / (batch_tokens · world · accumulate)), or one epoch.
+
+        Raises ValueError if there are fewer rows than a batch, or not one step fits.
+        """
+        per_step, rows = self.data.batch_tokens * world * accumulate, sum(self.shards.rows("train"))
+        if rows < self.data.batch_tokens * world:
+            remedy = "harvest more rows" if self.rolling is None else "raise data.rolling_gb"
+            raise ValueError(
+                f"{self.shards.directory} has {rows} training rows, fewer than a batch of "
+                f"{self.data.batch_tokens} × {world}; lower data.batch_tokens or {remedy}"
+            )
+        steps = -(-tokens // per_step)
+        if self.data.exhausted == "stop":
+            steps = min(steps, rows // per_step)
+        if steps <= 0:
+            raise ValueError(f"tokens={tokens} with {rows} training rows is not one step of {per_step}; raise tokens")
+        return steps
+
+    def close(self) -> None:
+        """End a rolling harvest and release its directory."""
+        if self.rolling is not None:
+            self.rolling.close()

@@ -1,0 +1,113 @@
+"""The order in which training reads rows: a pure function of (seed, epoch, index), so that resuming computes it."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from msae.seeds import stream
+
+Pool = tuple[int, ...]  # epoch, and number in it
+
+
+class RowOrder(Protocol):
+    """An endless sequence of row numbers, and which rows must be in memory together to produce it."""
+
+    def parts(self, start: int, stop: int) -> list[tuple[Pool, Tensor]]:
+        """The pools that positions start … stop of the sequence draw from, and the rows [n] each gives, in turn.
+
+        Rows of a pool are counted through its blocks in file order.
+        """
+
+    def blocks(self, pool: Pool) -> tuple[Tensor, Tensor]:
+        """The first row of each of a pool's blocks, and the row after its last, in file order."""
+
+    def where(self, start: int) -> tuple[int, int]:
+        """The epoch of a position of the sequence, and the position in that epoch."""
+
+    def depends_on(self, start: int) -> dict[str, Any]:
+        """What the rows before this position depend on besides seed and shards."""
+
+    def ahead(self, start: int, stop: int) -> AbstractContextManager[None]:
+        """While this context lasts, the rows of positions start … stop are made."""
+
+
+class ShardOrder:
+    """The endless sequence of row numbers in which training reads a split of `shard_rows` rows per shard.
+
+    An epoch is a seeded permutation of blocks of `block` neighbouring rows; `pool` blocks at a time (from all over the
+    shards) have their rows permuted together. Epochs follow one another without a gap, so every row comes exactly
+    once an epoch whatever the batch size, and `rows(start, stop)` is a pure function of (seed, start, stop).
+
+    Of the pairs of rows in a batch, 1 in `pool` is from one block, and so may be from one text. One read from the disk
+    is `block` rows; memory holds a few pools. benchmarks/reader.py measures what other sizes cost.
+    """
+
+    def __init__(self, shard_rows: list[int], seed: int | str, block: int = 128, pool: int = 256) -> None:
+        self.seed, self.block, self.pool = seed, block, pool
+        sizes = torch.tensor([0, *shard_rows])
+        self._first = sizes.cumsum(0)  # first row of each shard
+        self._first_block = (-(-sizes // block)).cumsum(0)  # blocks never straddle shards: the last may be shorter
+        self.total = int(self._first[-1])
+        # The next batches need these again:
+        self._epoch = lru_cache(2)(self._make_epoch)
+        self._shuffle = lru_cache(4)(self._make_shuffle)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Row numbers [stop − start] int64 at these positions of the sequence."""
+        return torch.cat([numbered(*self.blocks(pool))[index] for pool, index in self.parts(start, stop)])
+
+    def parts(self, start: int, stop: int) -> list[tuple[Pool, Tensor]]:
+        """As `RowOrder.parts`."""
+        parts: list[tuple[Pool, Tensor]] = []
+        while start < stop:
+            epoch, offset = divmod(start, self.total)
+            _, ends = self._epoch(epoch)
+            number = int(torch.searchsorted(ends, offset, right=True))
+            first = int(ends[number - 1]) if number else 0
+            index = self._shuffle(epoch, number, int(ends[number]) - first)[offset - first :][: stop - start]
+            parts.append(((epoch, number), index))
+            start += len(index)
+        return parts
+
+    def blocks(self, pool: Pool) -> tuple[Tensor, Tensor]:
+        """As `RowOrder.blocks`."""
+        epoch, number = pool
+        order, _ = self._epoch(epoch)
+        return self._spans(order[number * self.pool : (number + 1) * self.pool].sort().values)
+
+    def where(self, start: int) -> tuple[int, int]:
+        """As `RowOrder.where`."""
+        return divmod(start, self.total)
+
+    def depends_on(self, start: int) -> dict[str, Any]:
+        """As `RowOrder.depends_on`."""
+        return {"row_order": f"{self.block}x{self.pool}"}
+
+    def ahead(self, start: int, stop: int) -> AbstractContextManager[None]:
+        """Nothing to do: all rows are on disk."""
+        return nullcontext()
+
+    def _spans(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """The first row of each block, and the row after its last."""
+        shard = torch.searchsorted(self._first_block, blocks, right=True) - 1
+        starts = self._first[shard] + (blocks - self._first_block[shard]) * self.block
+        return starts, (starts + self.block).minimum(self._first[shard + 1])
+
+    def _make_epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """The epoch's blocks in their order, and the position in the epoch at which each pool ends."""
+        order = torch.randperm(int(self._first_block[-1]), generator=stream(self.seed, "blocks", epoch))
+        starts, stops = self._spans(order)
+        ends = (stops - starts).cumsum(0)
+        return order, torch.cat([ends[self.pool - 1 : -1 : self.pool], ends[-1:]])
+
+    def _make_shuffle(self, epoch: int, number: int, rows: int) -> Tensor:
+        return torch.randperm(rows, generator=stream(self.seed, "rows", epoch, number))
+
+
+def numbered(starts: Tensor, stops: Tensor) -> Tensor:
+    """The numbers of all rows of blocks start … stop."""
+    sizes = stops - starts
+    return torch.arange(int(sizes.sum())) + (starts - sizes.cumsum(0) + sizes).repeat_interleave(sizes)

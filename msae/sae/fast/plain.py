@@ -1,0 +1,254 @@
+"""The kernels of the sparse step in PyTorch's own operators: any device, float32 or float64."""
+
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+ROWS, LATENTS = 2048, 1024  # of a tile: 8 MB of float32, which stays in cache between the product and the filter
+
+Inputs = Float[Tensor, "batch d_in"]
+Encoder = Float[Tensor, "d_sae d_in"]
+PerLatent = Float[Tensor, " d_sae"]
+Indices = Int[Tensor, " n"]
+Values = Float[Tensor, " n"]
+Ends = Int[Tensor, " bins_and_1"]
+Decoder = Float[Tensor, "d_sae d_out"]
+Target = Float[Tensor, "batch d_out"]
+Residuals = Float[Tensor, "batch levels d_out"]
+Errors = Float[Tensor, " levels"]
+Rows = Float[Tensor, "rows d"]
+Scalar = Float[Tensor, ""]
+
+
+@dataclass
+class Decoding:
+    """The entries of a batch in ascending bins row · levels + the innermost level that has the latent; and W_dec.
+
+    acts, latents, bins [n]; ends [batch · levels + 1]: where each bin's entries start and end.
+    """
+
+    acts: Values
+    latents: Indices
+    bins: Indices
+    ends: Ends
+    W_dec: Decoder
+
+
+class Rates(NamedTuple):
+    """Adam's learning rate, decay rates and ε."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+
+
+class Moments(NamedTuple):
+    """Adam's averages of a parameter's gradient and of its square, and the number of steps in them."""
+
+    mean: Rows
+    square_mean: Rows
+    step: Scalar
+
+
+class Plain:
+    """The sparse step's inner loops, and the reference of every subclass, which overrides what it does faster.
+
+    An entry is a pair (row, latent): `flat` is row · d_sae + latent, u = h·W + b its pre-activation before × norm.
+    """
+
+    # --- the encoder --------------------------------------------------------------------------------------------------
+
+    def factors(self, h: Inputs, W: Encoder, in_bfloat16: bool) -> tuple[Tensor, Tensor]:
+        """h and W as they are to be multiplied; in bfloat16 where that is asked for and supported."""
+        return h, W
+
+    def survivors(self, h: Inputs, W: Encoder, b: PerLatent, bar: PerLatent) -> tuple[Indices, Values]:
+        """(flat, u) of all entries whose u exceeds the latent's bar, in any order.
+
+        In tiles, so that batch × d_sae is never held. NaN is a survivor, so that it cannot go unnoticed.
+        """
+        d_sae, width, bar = len(W), min(len(W), LATENTS), bar.contiguous()  # an expanded one takes longer to compare
+        buffer = h.new_empty(min(len(h), ROWS) * width)
+        flags = torch.empty_like(buffer, dtype=torch.bool)
+        flats, values = [], []
+        for latent in range(0, d_sae, width):
+            directions, bias, bars = (t[latent : latent + width] for t in (W, b, bar))
+            for row in range(0, len(h), ROWS):
+                inputs = h[row : row + ROWS]
+                shape = (len(inputs), len(directions))
+                size = shape[0] * shape[1]
+                u = torch.addmm(bias, inputs, directions.T, out=buffer[:size].view(shape))
+                passes = torch.le(u, bars, out=flags[:size].view(shape)).logical_not_()
+                index = _true(passes.view(-1))
+                values.append(u.view(-1)[index])
+                row_in_tile = torch.div(index, shape[1], rounding_mode="floor")
+                flats.append(index + row_in_tile * (d_sae - shape[1]) + (row * d_sae + latent))
+        return torch.cat(flats), torch.cat(values)
+
+    def largest(
+        self, h: Inputs, W: Encoder, b: PerLatent, bar: Scalar, norm: PerLatent | None, count: int, capacity: int
+    ) -> tuple[Indices, Values, Bool[Tensor, ""]]:
+        """(flat, u) of the `count` largest entries (after × norm) above a positive bar, and whether so many are above.
+
+        If not, the entries mean nothing. `capacity` bounds how many may be above, where memory for them is set aside.
+        """
+        if not bar > 0:
+            return torch.empty_like(b[:0], dtype=torch.int64), b[:0], torch.tensor(False)
+        flat, u = self.survivors(h, W, b, bar.expand_as(b) if norm is None else bar / norm)
+        if len(u) < count:
+            return flat, u, torch.tensor(False)
+        ranked = u if norm is None else u * norm[flat % len(W)]
+        kept = torch.zeros_like(u, dtype=torch.bool)
+        kept.index_fill_(0, ranked.topk(count, sorted=False).indices, True)
+        return flat[kept], u[kept], torch.tensor(True)
+
+    def row_survivors(
+        self, h: Inputs, W: Encoder, b: PerLatent, k: int, norm: PerLatent | None
+    ) -> tuple[Indices, Values]:
+        """(flat, u) of each row's k largest entries (after × norm), in any order; whole rows at a time."""
+        d_sae = len(W)
+        rows = max(1, ROWS * LATENTS * 2 // d_sae)
+        buffer = h.new_empty(min(rows, len(h)), d_sae)
+        flats, values = [], []
+        for row in range(0, len(h), rows):
+            inputs = h[row : row + rows]
+            u = torch.addmm(b, inputs, W.T, out=buffer[: len(inputs)])
+            kept = _largest_of_rows(u if norm is None else u * norm, k)
+            starts = torch.arange(row, row + len(inputs), device=h.device)[:, None] * d_sae
+            flats.append((kept + starts).flatten())
+            values.append(u.gather(1, kept).flatten())
+        return torch.cat(flats), torch.cat(values)
+
+    def ascending(self, flat: Indices, u: Values) -> tuple[Indices, Values]:
+        """Entries in the order of `flat`."""
+        if bool((flat[1:] > flat[:-1]).all()):
+            return flat, u
+        flat, order = flat.sort()
+        return flat, u[order]
+
+    # --- the decoder --------------------------------------------------------------------------------------------------
+
+    def by_latent(self, latents: Indices, d_sae: int) -> tuple[Indices, Ends]:
+        """The order that sorts entries by latent, rows ascending, and where each latent's entries start and end."""
+        return latents.argsort(stable=True), self.bin_ends(latents, d_sae)
+
+    def bin_ends(self, bins: Indices, count: int) -> Ends:
+        """Where the entries of each of `count` bins, which ascend, start and end."""
+        ends = torch.bincount(bins, minlength=count).cumsum(0)
+        return torch.cat([ends.new_zeros(1), ends])
+
+    def residuals(self, code: Decoding, target: Target) -> tuple[Residuals, Errors]:
+        """target − Σ acts W_dec of the latents up to each level, and its E‖·‖² (float64).
+
+        One embedding bag for each bin serves all levels.
+        """
+        batch, d = target.shape
+        residuals = self.sum_rows(code.W_dec, code.latents, code.acts, code.ends).view(batch, -1, d)
+        torch.sub(target, residuals[:, 0], out=residuals[:, 0])
+        for level in range(1, residuals.shape[1]):
+            torch.sub(residuals[:, level - 1], residuals[:, level], out=residuals[:, level])
+        return residuals, torch.linalg.vector_norm(residuals, dim=2).double().square().mean(0)
+
+    def decoder_backward(
+        self, code: Decoding, residuals: Residuals, weights: list[float], stop_gradient: bool, others: dict[int, Target]
+    ) -> tuple[Residuals, Values]:
+        """Gradient with respect to what each level's latents add, in place of `residuals`; and to each entry's act.
+
+        The first is Σ (weights · residuals − others) over the levels that contain the latent, of its innermost alone
+        with `stop_gradient`; the second is ⟨the first, W_dec row⟩. `others` are further gradients, by level.
+        """
+        levels = residuals.shape[1]
+        for level in range(levels - 1, -1, -1):
+            residuals[:, level].mul_(weights[level])
+            if level in others:
+                residuals[:, level].sub_(others[level])
+            if level < levels - 1 and not stop_gradient:
+                residuals[:, level].add_(residuals[:, level + 1])
+        return residuals, self._dots(code, residuals.flatten(0, 1))
+
+    def _dots(self, code: Decoding, table: Rows) -> Values:
+        """⟨table row of the entry's bin, W_dec row of its latent⟩."""
+        if table.device.type != "cpu":
+            parts = zip(code.bins.split(4096), code.latents.split(4096), strict=True)
+            return torch.cat([torch.linalg.vecdot(table[i], code.W_dec[j]) for i, j in parts])
+        zeros, shape = torch.zeros_like(code.acts), (len(table), len(code.W_dec))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "sparse CSR is in beta"
+            mask = torch.sparse_csr_tensor(code.ends, code.latents, zeros, shape)
+            return torch.sparse.sampled_addmm(mask, table, code.W_dec.T, beta=0.0).values()
+
+    def sum_rows(self, table: Rows, index: Indices, weights: Values, ends: Ends) -> Float[Tensor, "bins d"]:
+        """Σ weights · table[index] over each bin's entries."""
+        return embedding_bag(index, table, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+    def decode(
+        self,
+        code: Decoding,
+        target: Target,
+        weights: list[float],
+        stop_gradient: bool,
+        by_latent: tuple[Indices, Ends],
+        outermost: Target | None,
+    ) -> tuple[Errors, Values, Decoder, Tensor] | None:
+        """All of the decoder's step in one pass; None where there is no such kernel.
+
+        Gives the errors of `residuals` and the gradients of acts (`decoder_backward`), W_dec (`sum_rows` over each
+        latent's entries) and b_dec (a sum over all rows). The last level's residual is written into `outermost`.
+        """
+        return None
+
+    # --- the optimizer ------------------------------------------------------------------------------------------------
+
+    def can_step(self, *tensors: Tensor) -> bool:
+        """Whether `project` and `adam` are faster here than PyTorch's, and take parameters and gradients like these."""
+        return False
+
+    def project(self, grad: Rows, W: Rows | None) -> Float[Tensor, " parts"]:
+        """‖·‖² (float64) of parts of grad, after each row's part along W's unit row is removed in place if W is given.
+
+        That part would only change the row's norm.
+        """
+        if W is not None:
+            grad.addcmul_((grad * W).sum(1, keepdim=True), W, value=-1)
+        return torch.linalg.vector_norm(grad, dim=1).double().square()
+
+    def adam(self, W: Rows, grad: Rows, moments: Moments, scale: Scalar, rates: Rates, unit_norm: bool) -> None:
+        """Adam's update with the gradient × scale, then rows of unit norm if asked for: one pass over memory."""
+        raise NotImplementedError("PyTorch's own Adam takes this place; see can_step")
+
+
+def _true(flags: Bool[Tensor, " n"]) -> Int[Tensor, " true"]:
+    """Where flags are true, few of which are: eight at a time are compared as one number."""
+    if len(flags) % 8:
+        return flags.nonzero().squeeze(1)
+    eights = flags.view(torch.int64).nonzero()
+    row, column = flags.view(-1, 8)[eights.squeeze(1)].nonzero(as_tuple=True)
+    return eights.squeeze(1)[row] * 8 + column
+
+
+def _largest_of_rows(pre: Float[Tensor, "rows width"], k: int) -> Int[Tensor, "rows k"]:
+    """Columns of each row's k largest.
+
+    The k-th largest of the maxima of groups of columns is at most the k-th largest of all, so what lies below it
+    needs no sorting.
+    """
+    rows, width = pre.shape
+    group = max(1, width // (8 * k))
+    if group == 1 or k >= width:
+        return pre.topk(min(k, width), dim=1, sorted=False).indices
+    whole = width // group * group
+    maxima = pre[:, :whole].view(rows, -1, group).amax(2)
+    bar = maxima.topk(k, dim=1).values[:, -1:]
+    row, column = (~(pre < bar)).nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=rows)
+    slot = torch.arange(len(row), device=pre.device) - (counts.cumsum(0) - counts)[row]
+    columns = torch.zeros(rows, int(counts.max()), dtype=torch.int64, device=pre.device)
+    values = torch.full(columns.shape, -torch.inf, dtype=pre.dtype, device=pre.device)
+    columns[row, slot], values[row, slot] = column, pre[row, column]
+    return columns.gather(1, values.topk(k, dim=1, sorted=False).indices)

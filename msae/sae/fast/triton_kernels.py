@@ -1,0 +1,242 @@
+"""The Triton functions that `triton.py` launches, with the names of its methods; capitals are compile-time constants.
+
+Offsets that may exceed 2³¹ are int64: indices in memory are, program numbers are converted. no_type_check: type checks
+at run time would wrap functions whose source Triton reads.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+@no_type_check
+def store_survivors(sums, row, latent, b, bar, flat, values, count, batch, d_sae, capacity):
+    """Add b to the sums of these rows and latents, and store those that exceed their bar side by side in the output."""
+    is_latent = latent < d_sae
+    u = sums + tl.load(b + latent, is_latent, 0.0)[None, :]
+    is_below = u <= tl.load(bar + latent, is_latent, 0.0)[None, :]  # not >: NaN survives
+    keep = ~is_below & (row < batch)[:, None] & is_latent[None, :]
+    rank = tl.cumsum(keep.to(tl.int32), 1)
+    of_row = tl.max(rank, 1)
+    slot = (tl.cumsum(of_row, 0) - of_row)[:, None] + rank - 1
+    begin = tl.atomic_add(count, tl.sum(of_row, 0).to(tl.int64))
+    stored = keep & (slot < tl.minimum(capacity - begin, 1 << 30).to(tl.int32))
+    tl.store(flat + begin + slot, row.to(tl.int64)[:, None] * d_sae + latent[None, :], stored)
+    tl.store(values + begin + slot, u, stored)
+
+
+@triton.jit
+@no_type_check
+def survivors(
+    h,  # [batch, d], float32 or bfloat16, as W
+    W,  # [d_sae, d]
+    b,  # [d_sae]
+    bar,  # [d_sae]
+    flat,  # [capacity], out
+    values,  # [capacity], out
+    count,  # [], in: 0, out: how many survive, whether there is room for them or not
+    batch,
+    d_sae,
+    d,
+    capacity,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    LATENTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """One tile of h Wᵀ + b, compared with the bars in quarters, because all at once would not fit into registers.
+
+    Tiles that run together share latents: W is read once, and h, the smaller, from the cache.
+    """
+    down = tl.cdiv(batch, ROWS)
+    row = tl.program_id(0) % down * ROWS + tl.arange(0, ROWS)
+    latent = tl.program_id(0) // down * LATENTS + tl.arange(0, LATENTS)
+    column = tl.arange(0, DEPTH)
+    # rows and latents beyond the last wrap around to the first: one mask less in the loop
+    from_h = h + (row % batch).to(tl.int64)[:, None] * d + column[None, :]
+    from_W = W + (latent % d_sae).to(tl.int64)[None, :] * d + column[:, None]
+    sums = tl.zeros((ROWS, LATENTS), tl.float32)
+    for start in range(0, d, DEPTH):
+        inside = column < d - start
+        inputs = tl.load(from_h + start, inside[None, :], 0.0)
+        directions = tl.load(from_W + start, inside[:, None], 0.0)
+        sums = tl.dot(inputs, directions, sums, input_precision=PRECISION)
+    latent = tl.program_id(0) // down * LATENTS + 2 * tl.arange(0, LATENTS // 4)
+    even, odd = tl.split(tl.reshape(sums, (ROWS, LATENTS // 2, 2)))
+    low, high = tl.split(tl.permute(tl.reshape(even, (ROWS, 2, LATENTS // 4)), (0, 2, 1)))
+    store_survivors(low, row, latent, b, bar, flat, values, count, batch, d_sae, capacity)
+    store_survivors(high, row, latent + LATENTS // 2, b, bar, flat, values, count, batch, d_sae, capacity)
+    low, high = tl.split(tl.permute(tl.reshape(odd, (ROWS, 2, LATENTS // 4)), (0, 2, 1)))
+    store_survivors(low, row, latent + 1, b, bar, flat, values, count, batch, d_sae, capacity)
+    store_survivors(high, row, latent + LATENTS // 2 + 1, b, bar, flat, values, count, batch, d_sae, capacity)
+
+
+@triton.jit
+@no_type_check
+def weighted_rows(table, index, weights, entry, end, column, inside, d, AT_ONCE: tl.constexpr):
+    """Σ weights · table[index] over the entries from `entry` to `end`, in an order that only they decide."""
+    sums = tl.zeros(column.shape, tl.float32)
+    for first in range(entry, end, AT_ONCE):
+        entries = first + tl.arange(0, AT_ONCE)
+        is_entry = entries < end
+        rows = tl.load(index + entries, is_entry, 0)
+        weight = tl.load(weights + entries, is_entry, 0.0)
+        mask = is_entry[:, None] & inside[None, :]
+        sums += tl.sum(weight[:, None] * tl.load(table + rows[:, None] * d + column[None, :], mask, 0.0), 0)
+    return sums
+
+
+@triton.jit
+@no_type_check
+def sum_rows(
+    table,  # [rows, d]
+    index,  # [n]
+    weights,  # [n]
+    ends,  # [bags + 1]
+    out,  # [bags, d]
+    d,
+    COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """A block of columns of one bag."""
+    bag = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < d
+    entry, end = tl.load(ends + bag), tl.load(ends + bag + 1)
+    sums = weighted_rows(table, index, weights, entry, end, column, inside, d, AT_ONCE)
+    tl.store(out + bag * d + column, sums, inside)
+
+
+@triton.jit
+@no_type_check
+def residuals(
+    acts,  # [n]
+    latents,  # [n]
+    ends,  # [batch · levels + 1]
+    W_dec,  # [d_sae, d]
+    target,  # [batch, d]
+    residuals,  # [batch, levels, d], out
+    squares,  # [blocks, batch, levels], out
+    levels,
+    d,
+    COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """A block of columns of one row, level by level."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < d
+    residual = tl.load(target + row * d + column, inside, 0.0)
+    for level in range(levels):
+        bin = row * levels + level
+        entry, end = tl.load(ends + bin), tl.load(ends + bin + 1)
+        residual -= weighted_rows(W_dec, latents, acts, entry, end, column, inside, d, AT_ONCE)
+        tl.store(residuals + bin * d + column, residual, inside)
+        tl.store(squares + block * tl.num_programs(0) * levels + bin, tl.sum(residual * residual, 0))
+
+
+@triton.jit
+@no_type_check
+def decoder_backward(
+    residuals,  # [batch, levels, d], in; out: the gradients
+    weights,  # [levels]
+    latents,  # [n]
+    ends,  # [batch · levels + 1]
+    W_dec,  # [d_sae, d]
+    dots,  # [blocks, n], out
+    n,
+    levels,
+    d,
+    STOP_GRADIENT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """A block of columns of one row, from the outermost level inwards."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < d
+    gradient = tl.zeros((COLUMNS,), tl.float32)
+    for inwards in range(levels):
+        level = levels - 1 - inwards
+        bin = row * levels + level
+        of_level = tl.load(residuals + bin * d + column, inside, 0.0) * tl.load(weights + level)
+        gradient = of_level if STOP_GRADIENT else gradient + of_level
+        tl.store(residuals + bin * d + column, gradient, inside)
+        entry, end = tl.load(ends + bin), tl.load(ends + bin + 1)
+        for first in range(entry, end, AT_ONCE):
+            entries = first + tl.arange(0, AT_ONCE)
+            is_entry = entries < end
+            rows = tl.load(latents + entries, is_entry, 0)
+            mask = is_entry[:, None] & inside[None, :]
+            directions = tl.load(W_dec + rows[:, None] * d + column[None, :], mask, 0.0)
+            tl.store(dots + block.to(tl.int64) * n + entries, tl.sum(directions * gradient[None, :], 1), is_entry)
+
+
+@triton.jit
+@no_type_check
+def project(
+    grad,  # [rows, d] of `size` numbers, in and out
+    W,  # [rows, d]
+    squares,  # [rows], out
+    size,
+    d,
+    ALONG: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One row, or a stretch of d numbers: ‖·‖², after its part along W's row is removed if ALONG."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    at = row * d + column
+    inside = (column < d) & (at < size)
+    g = tl.load(grad + at, inside, 0.0)
+    if ALONG:
+        w = tl.load(W + at, inside, 0.0)
+        g -= tl.sum(g * w, 0) * w
+        tl.store(grad + at, g, inside)
+    tl.store(squares + row, tl.sum(g * g, 0))
+
+
+@triton.jit
+@no_type_check
+def adam(
+    W,  # [rows, d] of `size` numbers, in and out, as the averages
+    grad,
+    mean,
+    square_mean,
+    scale,  # [], float64
+    step,  # []
+    size,
+    d,
+    lr,
+    eps,
+    log_beta1,  # base 2
+    log_beta2,
+    new1,  # 1 − β1, the weight of the new gradient, which float32 would not have exactly
+    beta2,
+    new2,
+    UNIT_NORM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One row, or a stretch of d numbers."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    at = row * d + column
+    inside = (column < d) & (at < size)
+    t = tl.load(step).to(tl.float64)  # 1 − βᵗ is small at first: float32 has few digits of it
+    step_size = (lr / (1 - tl.exp2(t * log_beta1))).to(tl.float32)
+    root = tl.sqrt(1 - tl.exp2(t * log_beta2)).to(tl.float32)
+    g = tl.load(grad + at, inside, 0.0) * tl.load(scale).to(tl.float32)
+    m = tl.load(mean + at, inside, 0.0)
+    m += new1 * (g - m)
+    v = beta2 * tl.load(square_mean + at, inside, 0.0) + new2 * g * g
+    w = tl.load(W + at, inside, 0.0) - step_size * m / (tl.sqrt(v) / root + eps)
+    if UNIT_NORM:
+        w /= tl.maximum(tl.sqrt(tl.sum(w * w, 0)), 1e-12)
+    tl.store(mean + at, m, inside)
+    tl.store(square_mean + at, v, inside)
+    tl.store(W + at, w, inside)
+
+
+INTERPRETED = not isinstance(survivors, triton.JITFunction)  # TRITON_INTERPRET=1

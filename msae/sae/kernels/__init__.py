@@ -1,1 +1,0 @@
-"""The sparse step's inner loops, each written more than once behind the same functions; `plain` is the reference."""

@@ -1,0 +1,1 @@
+"""Where activations come from: a language model or a synthetic world."""
