@@ -44,6 +44,13 @@ def as_plain(made: Any) -> dict[str, Any]:
     return tree
 
 
+def flat(node: Any, path: str = "") -> dict[str, Any]:
+    """{a: {b: 1}} → {"a.b": 1}."""
+    if isinstance(node, Mapping) and node:
+        return {k: v for key, value in node.items() for k, v in flat(value, f"{path}.{key}").items()}
+    return {path[1:]: node}
+
+
 def changed(made: T, **changes: Any) -> T:
     """A copy of settings with other values, checked anew."""
     return replace(made, **changes)  # type: ignore[type-var]
@@ -60,16 +67,16 @@ class Key(NamedTuple):
 
 def keys(cls: type, prefix: str = "") -> list[Key]:
     """Every key that may be set below `prefix`, groups unfolded, in the order of declaration."""
-    found = []
+    listed = []
     for name, field in fields_of(cls).items():
         dotted = f"{prefix}.{name}" if prefix else name
         if fields_of(field.annotation):
-            found += keys(field.annotation, dotted)
+            listed += keys(field.annotation, dotted)
         else:
             default = field.get_default(call_default_factory=True)
             given = "" if default is PydanticUndefined else as_typed(adapter_of(field).dump_python(default))
-            found.append(Key(dotted, expected(field), given, " ".join((field.description or "").split())))
-    return found
+            listed.append(Key(dotted, expected(field), given, " ".join((field.description or "").split())))
+    return listed
 
 
 def fields_of(cls: Any) -> dict[str, Any]:
@@ -284,7 +291,7 @@ def check_call(target: Callable[..., Any], given: Mapping[str, Any], where: str)
         name: (hints.get(name, Any), ... if p.default is p.empty else p.default) for name, p in named.items()
     }
     is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    config = CONFIG | ConfigDict(extra="allow" if is_open else "forbid")
+    config = CONFIG | ConfigDict(extra="allow" if is_open else "forbid", use_attribute_docstrings=False)
     unset: list[str] = []
     tree = without_unset(given, where, unset)
     model = create_model("arguments", __config__=config, **fields)

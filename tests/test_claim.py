@@ -39,7 +39,7 @@ def test_fading_recovers_the_tree_that_a_vanilla_sae_absorbs(call):
 
 def test_the_published_toy(call):
     """4000 of its 20,000 steps: vanilla absorbs everything (published code: cos 0.70–0.71, MCC 0.865–0.872)."""
-    arms = "arms={vanilla: {prefix_sampling: fixed, prefixes: [20]}, matryoshka: {}}"
+    arms = "arms={vanilla: {sampling: {kind: fixed}, prefixes: [20]}, matryoshka: {}}"
     settings = ["preset=nabeshima", "model.d_sae=20", "model.prefixes=[5,20]", "model.k=1.34", "data.batch_tokens=200"]
     code, _, err = call(train, *settings, "tokens=800_000", "run_dir=run", arms)
     assert code == 0, err

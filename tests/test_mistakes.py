@@ -388,7 +388,7 @@ def test_7_inference_does_not_depend_on_the_batch(monkeypatch) -> None:
 
 
 def test_7_each_device_selects_within_its_own_batch_and_says_so() -> None:
-    assert "Under several devices each one" in " ".join(batch_topk.__doc__.split())
+    assert "Each of several devices selects within its own batch" in " ".join(batch_topk.__doc__.split())
     sae, x = uneven()
     shards = [sae.select(sae.pre(part)) for part in x.chunk(2)]
     assert [int((acts > 0).sum()) for acts in shards] == [100 * K, 100 * K]

@@ -43,16 +43,16 @@ CHECKPOINT = "last.ckpt"
 
 
 @command("train", Train)
-def main(wanted: Train, cfg: DictConfig) -> None:
-    run = Run(wanted.run_dir) if wanted.run_dir else new_run("job", job=job_directory())
-    k = wanted.model.k
+def main(plan: Train, cfg: DictConfig) -> None:
+    run = Run(plan.run_dir) if plan.run_dir else new_run("job", job=job_directory())
+    k = plan.model.k
     files = sorted(path.name for path in run.path.iterdir())
-    RAN.append(Ran(k, wanted.run_dir, wanted.ckpt_path, files, sys.argv[1:]))
+    RAN.append(Ran(k, plan.run_dir, plan.ckpt_path, files, sys.argv[1:]))
     if k == 13:
         raise ValueError("k=13 is unlucky,\nexpected another")
     if k == 14:
         raise TypeError("a bug")
-    if k == 15 and wanted.ckpt_path is None:
+    if k == 15 and plan.ckpt_path is None:
         run.checkpoints.mkdir()
         (run.checkpoints / CHECKPOINT).write_text("")
         raise KeyboardInterrupt

@@ -12,16 +12,16 @@ from msae.settings import decode
 from msae.training.settings import Recipe, Train
 
 
-def describe_arms(wanted: Train) -> list[Arm]:
+def describe_arms(plan: Train) -> list[Arm]:
     """Every arm × grid; none for one model alone. Raises ValueError in one line for names that cannot be told apart."""
-    if not wanted.arms and not wanted.grid:
+    if not plan.arms and not plan.grid:
         return []
-    grid = wanted.grid or {}
+    grid = plan.grid or {}
     described = []
-    for arm, values in itertools.product(wanted.arms or {"": None}, itertools.product(*grid.values())):
+    for arm, values in itertools.product(plan.arms or {"": None}, itertools.product(*grid.values())):
         parts = [*([arm] if arm else []), *(f"{key}{value}" for key, value in zip(grid, values, strict=True))]
         settings = {f"model.{key}": value for key, value in zip(grid, values, strict=True)}
-        described.append(Arm(re.sub(r"[^\w.+=-]+", "_", "-".join(parts)), arm or wanted.name, settings))
+        described.append(Arm(re.sub(r"[^\w.+=-]+", "_", "-".join(parts)), arm or plan.name, settings))
     names = [arm.name for arm in described]
     taken = {n for n in names if names.count(n) > 1 or n in RESERVED or n.endswith(RESERVED_SUFFIXES)}
     if not names or taken or any(not name.strip(".") for name in names):
@@ -29,14 +29,14 @@ def describe_arms(wanted: Train) -> list[Arm]:
     return described
 
 
-def recipes_of(wanted: Train, arms: list[Arm], model: DictConfig) -> dict[str, Recipe]:
+def recipes_of(plan: Train, arms: list[Arm], model: DictConfig) -> dict[str, Recipe]:
     """The recipe of every arm by its name; {"": that of `model`} for one alone. Raises ValueError in one line.
 
     An arm says what differs from `model`; its `preset` is a recipe of conf/preset, which the arm's own keys beat.
     """
     recipes = {}
     for described in arms:
-        arm: dict[str, Any] = dict((wanted.arms or {}).get(described.arm) or {})
+        arm: dict[str, Any] = dict((plan.arms or {}).get(described.arm) or {})
         merged = OmegaConf.create(plain(model))
         if (preset := arm.pop("preset", None)) is not None:
             merged.merge_with(preset_of(preset, f"arms.{described.arm}"))
@@ -47,7 +47,7 @@ def recipes_of(wanted: Train, arms: list[Arm], model: DictConfig) -> dict[str, R
             recipes[described.name] = decode(Recipe, plain(merged), "model")
         except ValueError as error:
             raise ValueError(f"arm {described.name}: {error}") from None
-    return recipes or {"": wanted.model}
+    return recipes or {"": plan.model}
 
 
 def preset_of(preset: Any, where: str) -> DictConfig:

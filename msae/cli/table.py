@@ -50,12 +50,12 @@ def read_arms(run: Run, job: Job) -> list[Job]:
         arms = run.arms()
     except ValueError as ex:
         return [Job(job.name, job.overrides, {}, str(ex), job.seconds)]
-    found = []
+    jobs = []
     for arm in arms:
         metrics, error = run.arm(arm.name).outcome() if arm.error is None else ({}, " ".join(arm.error.split()))
         overrides = job.overrides | {"arm": arm.arm} | {key: as_text(value) for key, value in arm.settings.items()}
-        found.append(Job(job.name, overrides, metrics, error, job.seconds))
-    return found or [Job(job.name, job.overrides, {}, f"{run.arms_file}: no arm", job.seconds)]
+        jobs.append(Job(job.name, overrides, metrics, error, job.seconds))
+    return jobs or [Job(job.name, job.overrides, {}, f"{run.arms_file}: no arm", job.seconds)]
 
 
 def as_text(value: Any) -> str:
@@ -65,17 +65,17 @@ def as_text(value: Any) -> str:
 
 def numbers(metrics: dict[str, Any]) -> dict[str, float]:
     """The finite numbers among the metrics."""
-    found = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    return {key: float(value) for key, value in found.items() if math.isfinite(value)}
+    numeric = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return {key: float(value) for key, value in numeric.items() if math.isfinite(value)}
 
 
 def widest(metrics: dict[str, Any]) -> dict[str, Any]:
     """`val/fvu/p5`, `val/fvu/p20` → `val/fvu` of the widest prefix; all metrics where none has that form."""
-    found: dict[str, tuple[int, Any]] = {}
+    by_name: dict[str, tuple[int, Any]] = {}
     for key, value in metrics.items():
         if match := PREFIX_METRIC.fullmatch(key):
-            found[match[1]] = max(found.get(match[1], (0, None)), (int(match[2]), value), key=lambda x: x[0])
-    return {key: value for key, (_, value) in found.items()} or metrics
+            by_name[match[1]] = max(by_name.get(match[1], (0, None)), (int(match[2]), value), key=lambda x: x[0])
+    return {key: value for key, (_, value) in by_name.items()} or metrics
 
 
 def columns(rows: list[dict[str, Any]]) -> list[str]:
@@ -275,7 +275,7 @@ def panels(
     numeric = all(is_number(group.values.get(x, "")) for group in groups)
     rest = [key for key in by if key not in (x, label_by)]
     names = dict(zip(rest, short(rest, "."), strict=True))
-    found: dict[str, dict[str, list[Point]]] = {}
+    of_metric: dict[str, dict[str, list[Point]]] = {}
     for metric, group in itertools.product(metrics, groups):
         n, mean, low, high = group.intervals[metric]
         at: Any = group.values[x] if x in by else group.intervals[x].mean
@@ -284,11 +284,11 @@ def panels(
         label = [f"{names[key]}={group.values[key]}" for key in rest]
         label = [group.values[label_by], *label] if label_by in group.values else label
         point = (float(at) if numeric else at, mean, mean if n == 1 else low, mean if n == 1 else high)
-        found.setdefault(metric, {}).setdefault(", ".join(label), []).append(point)
+        of_metric.setdefault(metric, {}).setdefault(", ".join(label), []).append(point)
     if numeric or x not in by:
-        for points in (points for lines in found.values() for points in lines.values()):
+        for points in (points for lines in of_metric.values() for points in lines.values()):
             points.sort(key=lambda point: point[0])
-    return {name: found[metric] for metric, name in zip(found, short(list(found), "/"), strict=True)}
+    return {name: of_metric[metric] for metric, name in zip(of_metric, short(list(of_metric), "/"), strict=True)}
 
 
 def is_number(text: str) -> bool:
@@ -304,8 +304,8 @@ def draw(
     """Write the figure as `<name>.png` and, for TensorBoard, into `tensorboard/`."""
     data = panels(groups, by, metrics, figure["x"], figure.get("by"))
     if not data:
-        wanted = ", ".join(figure.get("metrics") or metrics)
-        print(f"no figure: no finished job has x={figure['x']} and one of {wanted}", file=sys.stderr)
+        drawn = ", ".join(figure.get("metrics") or metrics)
+        print(f"no figure: no finished job has x={figure['x']} and one of {drawn}", file=sys.stderr)
         return
     from torch.utils.tensorboard import SummaryWriter
 

@@ -15,17 +15,17 @@ OTHERS = ("#D55E00", "#E69F00", "#999999")
 
 
 def funnel(hierarchy: Hierarchy) -> Figure:
-    """How many candidates are left after each test, in the SAE and in its controls."""
+    """How many candidates remain after each test, in the SAE and in its controls."""
     names = [TESTS[stage].name for stage in LINES]
     figure = Figure(figsize=(0.75 * len(names) + 1.5, 3.6), layout="constrained")
     axis = figure.subplots()
     others = iter(OTHERS)
     for name, counts in hierarchy.funnels.items():
-        left = [counts[stage] for stage in LINES]
-        axis.plot(names, left, "o-", color=COLOURS.get(name) or next(others), label=name, markersize=4)
-        end = (len(names) - 1, left[-1])
-        axis.annotate(f"{left[-1]:,}", end, (6, 0), textcoords="offset points", va="center", fontsize=8)
-    axis.set(ylabel="candidate edges left", ylim=(0, None))
+        remaining = [counts[stage] for stage in LINES]
+        axis.plot(names, remaining, "o-", color=COLOURS.get(name) or next(others), label=name, markersize=4)
+        end = (len(names) - 1, remaining[-1])
+        axis.annotate(f"{remaining[-1]:,}", end, (6, 0), textcoords="offset points", va="center", fontsize=8)
+    axis.set(ylabel="candidate edges remaining", ylim=(0, None))
     axis.tick_params(axis="x", rotation=30)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="0.9")

@@ -40,9 +40,9 @@ class Edges:
         return survives
 
     def funnel(self) -> dict[str, int]:
-        """How many edges are left after each test, one after the other."""
-        left = np.logical_and.accumulate(list(self.passed.values())).sum(axis=1)
-        return dict(zip(["pairs", *self.passed], [self.looked_at, *left.tolist()], strict=True))
+        """How many edges remain after each test, one after the other."""
+        remaining = np.logical_and.accumulate(list(self.passed.values())).sum(axis=1)
+        return dict(zip(["pairs", *self.passed], [self.looked_at, *remaining.tolist()], strict=True))
 
     def parents(self, d_sae: int) -> Array:
         """The surviving parent of each latent [d_sae], −1 without one."""
@@ -255,10 +255,10 @@ def between(pairs: Pairs, parent: Array, child: Array) -> Array:
     return np.array([sum((p, q) in known for q in above.get(c, [])) for p, c in edges], dtype=np.int64)
 
 
-def ranks(score: Array, child: Array, left: Array) -> Array:
-    """The place of each edge in `left` among those of its child, the highest score first; 0 for the others."""
+def ranks(score: Array, child: Array, passing: Array) -> Array:
+    """The place of each `passing` edge among those of its child, the highest score first; 0 for the others."""
     rank = np.zeros(len(child), dtype=np.int64)
     order = np.lexsort((-score, child))
-    order = order[left[order]]
+    order = order[passing[order]]
     rank[order] = 1 + place_in_run(child[order])
     return rank

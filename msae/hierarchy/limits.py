@@ -47,7 +47,7 @@ class Test(NamedTuple):
         return self.line.format(**as_plain(limits))
 
 
-# In the order of the funnel: the last ones compare an edge with those that are left.
+# In the order of the funnel: the last ones compare an edge with those that remain.
 TESTS = {
     "coverage": Test("coverage", "P(parent fires | child fires); the rest are holes", "≥ {coverage}"),
     "pmi": Test("PMI", "pointwise mutual information of the two firing, in bits"),
@@ -74,7 +74,7 @@ TESTS = {
         "< {sibling}",
     ),
     "between": Test("between", "latents that cover the child and are covered by the parent", "0"),
-    "rank": Test("rank", "place among the child's parents that are left, by MCS", "1"),
+    "rank": Test("rank", "place among the child's remaining parents, by MCS", "1"),
 }
 LINES = [key for key, test in TESTS.items() if test.line]  # the figures that can refute an edge
 STAGES = ["pairs", *LINES]  # of a funnel

@@ -16,6 +16,7 @@ from msae.files import write_json
 from msae.interop import dictionary_learning, load, sparsify
 from msae.sae import MatryoshkaSAE, save_sae
 from msae.sae.files import CONFIG, WEIGHTS
+from msae.settings import flat
 
 # Of all forms that are read.
 FILES = {CONFIG, WEIGHTS} | {name for form in (sparsify, dictionary_learning) for name in (form.CONFIG, form.WEIGHTS)}
@@ -153,7 +154,7 @@ def card(
         "```python\nfrom msae.interop.hub import pull\n\n"
         f'sae = pull("{repo_id}", "{sae_id}")\n'
         "acts = sae.encode(x)\nrecon = sae.decode(acts, prefix=sae.prefixes[0])\n```",
-        *(["## Training", _table(("setting", "value"), list(_flat(training)))] if training else []),
+        *(["## Training", _table(("setting", "value"), list(flat(training).items()))] if training else []),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -164,14 +165,6 @@ def _figures(sae: MatryoshkaSAE, metrics: Mapping[str, float]) -> list[str]:
         return []
     rows = [(w, *(metrics.get(f"val/{name}/p{w}") for name in names)) for w in sae.prefixes]
     return ["## Figures on held-out data", _table(("prefix", *names), rows)]
-
-
-def _flat(settings: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{group}{name}.")
-        else:
-            yield group + name, value
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -29,7 +29,7 @@ from msae.files import read_json, write, write_json
 from msae.interop import load as load_any_sae
 from msae.progress import is_other_rank
 from msae.sae import MatryoshkaSAE
-from msae.settings import as_plain, settings
+from msae.settings import as_plain, flat, settings
 
 # Where files lie and how fast they are read decides nothing of what comes out.
 ANYWHERE = ("runs", "run_dir", "ckpt_path", "data.root", "data.prefetch", "data.max_disk_gb")
@@ -256,13 +256,6 @@ def all_runs(runs: str | Path) -> list[Run]:
             arms = []
         found += arms or [run]
     return found
-
-
-def flat(node: Any, path: str = "") -> dict[str, Any]:
-    """{a: {b: 1}} → {"a.b": 1}."""
-    if isinstance(node, Mapping) and node:
-        return {k: v for key, value in node.items() for k, v in flat(value, f"{path}.{key}").items()}
-    return {path[1:]: node}
 
 
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:

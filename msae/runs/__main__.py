@@ -19,10 +19,10 @@ class Runs:
 
 
 @command("runs", Runs)
-def main(wanted: Runs, _: DictConfig) -> None:
-    found = [run for run in all_runs(wanted.runs) if wanted.name in str(run)]
+def main(options: Runs, _: DictConfig) -> None:
+    found = [run for run in all_runs(options.runs) if options.name in str(run)]
     if not found:
-        raise ValueError(f"there are no runs in {wanted.runs}; python -m msae.train makes one")
+        raise ValueError(f"there are no runs in {options.runs}; python -m msae.train makes one")
     print_runs(found)
 
 

@@ -120,8 +120,9 @@ def load_sae(directory: str | Path, device: str | torch.device = "cpu") -> Matry
         sae, architecture = from_config(config)
     except FileNotFoundError:
         raise ValueError(f"{directory} has no {CONFIG}; give the sae/ directory of a run") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{directory / CONFIG} is not the configuration of a Matryoshka SAE: {error!s}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{directory / CONFIG} is not the configuration of a Matryoshka SAE: {reason}") from None
     shapes = {name: tuple(getattr(sae, name).shape) for name in tensors_of(architecture)}
     sae.load_state_dict(read_tensors(directory / WEIGHTS, shapes), strict=False)
     return sae.to(device).eval()

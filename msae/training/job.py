@@ -22,10 +22,10 @@ from msae.data.datamodule import ActivationData
 from msae.evaluation.evaluate import Evaluation, HeldOut, calibrate, evaluate
 from msae.evaluation.pictures import truth_pictures
 from msae.progress import say
-from msae.runs import Arm, Run, flat, new_run
+from msae.runs import Arm, Run, new_run
 from msae.sae import MatryoshkaSAE, fold_decoder_norm, load_sae, save_sae
 from msae.sae.fast import triton
-from msae.settings import as_plain, build, changed, check_target
+from msae.settings import as_plain, build, changed, check_target, flat
 from msae.training.callbacks import Interrupted, PrefixCharts, SaveWhenStopping, TokenProgress
 from msae.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks, find_checkpoint, run_of
 from msae.training.memory import keep_freed_memory
@@ -37,7 +37,7 @@ OURS = ("max_steps", "max_epochs", "callbacks", "plugins", "logger", "fast_dev_r
 
 
 def train(
-    wanted: Train, arms: list[Arm], recipes: dict[str, Recipe], config: Mapping[str, Any], job: Path | None = None
+    plan: Train, arms: list[Arm], recipes: dict[str, Recipe], config: Mapping[str, Any], job: Path | None = None
 ) -> tuple[Run, dict[str, dict[str, float]], dict[str, str]]:
     """Train these recipes, by arm ("" for one SAE alone), on the same batches, and leave a run directory.
 
@@ -47,24 +47,24 @@ def train(
     quiet_lightning()
     keep_freed_memory()
     started = time.perf_counter()
-    refuse_impossible(wanted, recipes)
-    checkpoint = find_checkpoint(wanted.ckpt_path, wanted.run_dir, wanted.runs, wanted.name)
+    refuse_impossible(plan, recipes)
+    checkpoint = find_checkpoint(plan.ckpt_path, plan.run_dir, plan.runs, plan.name)
     if checkpoint is not None:
         run_of(checkpoint).refuse_other_settings(config)
-    activations = Activations(wanted.data)
+    activations = Activations(plan.data)
     try:
         module = build_module(recipes, activations)
-        check_held_out(activations, wanted.tokens)
-        run = run_of(checkpoint) if checkpoint else new_run(wanted.name, wanted.runs, wanted.run_dir, job)
+        check_held_out(activations, plan.tokens)
+        run = run_of(checkpoint) if checkpoint else new_run(plan.name, plan.runs, plan.run_dir, job)
         if checkpoint is None:
             run.write_config(config)
-        trainer = build_trainer(wanted, activations, module, run)
+        trainer = build_trainer(plan, activations, module, run)
         if trainer.is_global_zero:
             say(f"run: {run}" + (f" ({len(recipes)} arms)" if arms else ""))
         fit(trainer, module, activations, checkpoint, run)
         if not trainer.is_global_zero:
             return run, {}, {}
-        metrics = Ending(wanted, activations, module, trainer, run, started).write(arms)
+        metrics = Ending(plan, activations, module, trainer, run, started).write(arms)
         return run, metrics, module.failed
     finally:
         activations.close()
@@ -77,21 +77,21 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", module="lightning")
 
 
-def refuse_impossible(wanted: Train, recipes: dict[str, Recipe]) -> None:
+def refuse_impossible(plan: Train, recipes: dict[str, Recipe]) -> None:
     """Refuse what would only fail after the shards are made. Raises ValueError in one line."""
     for name, recipe in recipes.items():
         try:
             Step(recipe, d_in=1)  # sizes that do not fit each other are the same for any input
         except ValueError as error:
             raise ValueError(f"arm {name}: {error}" if name else str(error)) from None
-    check_target(wanted.trainer, "trainer")
+    check_target(plan.trainer, "trainer")
     for key in OURS:
-        if wanted.trainer.get(key) is not None:
+        if plan.trainer.get(key) is not None:
             raise ValueError(f"trainer.{key} is set by msae; the length of training is tokens=…, drop trainer.{key}")
-    if str(wanted.trainer.get("precision")) in ("16", "16-mixed", "16-true"):
+    if str(plan.trainer.get("precision")) in ("16", "16-mixed", "16-true"):
         raise ValueError("trainer.precision=16 needs loss scaling, which clipping here does not know; use bf16-mixed")
     if any(recipe.kernels == "triton" for recipe in recipes.values()):
-        on_gpu = torch.cuda.is_available() and wanted.trainer.get("accelerator") in ("auto", "gpu", "cuda")
+        on_gpu = torch.cuda.is_available() and plan.trainer.get("accelerator") in ("auto", "gpu", "cuda")
         triton.require(torch.device("cuda" if on_gpu else "cpu"))
 
 
@@ -132,17 +132,17 @@ def build_module(recipes: dict[str, Recipe], activations: Activations) -> Matryo
     return module
 
 
-def build_trainer(wanted: Train, activations: Activations, module: MatryoshkaTraining, run: Run) -> L.Trainer:
+def build_trainer(plan: Train, activations: Activations, module: MatryoshkaTraining, run: Run) -> L.Trainer:
     """The configured Trainer with this project's callbacks and checkpoints, and a logger for each arm.
 
     One SAE alone also keeps its best checkpoint; of several arms there is no best.
     """
-    on_mac = wanted.trainer.get("accelerator") == "auto" and torch.backends.mps.is_available()
+    on_mac = plan.trainer.get("accelerator") == "auto" and torch.backends.mps.is_available()
     logs = [run.arm(name).tensorboard for name in module.names]
     alone = f"val/fvu/p{module.sae.d_sae}" if module.names == [""] else None
     trainer: L.Trainer = build(
         # MPS has no float64, which the statistics are kept in
-        {**wanted.trainer, **({"accelerator": "cpu"} if on_mac else {})},
+        {**plan.trainer, **({"accelerator": "cpu"} if on_mac else {})},
         "trainer",
         max_epochs=-1,
         logger=[TensorBoardLogger(log.parent, name="", version=log.name, default_hp_metric=False) for log in logs],
@@ -151,10 +151,10 @@ def build_trainer(wanted: Train, activations: Activations, module: MatryoshkaTra
             SaveWhenStopping(run.last_checkpoint),
             TokenProgress(),
             PrefixCharts(),
-            *checkpoint_callbacks(run, wanted.checkpoint_every_steps, alone),
+            *checkpoint_callbacks(run, plan.checkpoint_every_steps, alone),
         ],
     )
-    steps = activations.steps(wanted.tokens, trainer.world_size, trainer.accumulate_grad_batches)
+    steps = activations.steps(plan.tokens, trainer.world_size, trainer.accumulate_grad_batches)
     trainer.fit_loop.epoch_loop.max_steps = steps
     return trainer
 
@@ -219,7 +219,7 @@ def sae_metadata(activations: Activations, recipe: Recipe) -> dict[str, Any]:
 class Ending:
     """What a trained run leaves: `sae/`, figures and pictures of every arm, and what tells the arms apart."""
 
-    wanted: Train
+    plan: Train
     activations: Activations
     module: MatryoshkaTraining
     trainer: L.Trainer
@@ -228,14 +228,14 @@ class Ending:
 
     def write(self, arms: list[Arm]) -> dict[str, dict[str, float]]:
         """Write all of it; the metrics of each arm."""
-        data, trainer = self.wanted.data, self.trainer
+        data, trainer = self.plan.data, self.trainer
         per_step = data.batch_tokens * trainer.world_size * trainer.accumulate_grad_batches
         tokens = {"train/tokens": float(trainer.global_step * per_step)}
         metrics = {}
         for name, step in self.module.living():
             if name:
                 say(f"arm {name}")
-            of_arm = export(step, self.activations, self.run.arm(name), self.wanted.evaluation) | tokens
+            of_arm = export(step, self.activations, self.run.arm(name), self.plan.evaluation) | tokens
             metrics[name] = of_arm if name else of_arm | self.seconds()
             self.report(name, step, metrics[name])
         if arms:
@@ -256,7 +256,7 @@ class Ending:
         assert isinstance(logger, TensorBoardLogger)
         run.write_metrics({key: value for key, value in metrics.items() if math.isfinite(value)})
         settings = {key: value for key, value in flat(as_plain(step.recipe)).items() if key != "d_in"}
-        settings |= {"tokens": self.wanted.tokens, "batch_tokens": self.wanted.data.batch_tokens}
+        settings |= {"tokens": self.plan.tokens, "batch_tokens": self.plan.data.batch_tokens}
         settings["shards"] = self.activations.shards.directory.name
         final = {f"final/{key}": value for key, value in metrics.items()}
         logger.log_metrics(final, self.trainer.global_step)
