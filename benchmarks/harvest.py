@@ -82,11 +82,6 @@ def transformers_forward(model: str, layer: int, attention: str) -> Callable[[to
     return forward
 
 
-def sequences(shards: Shards) -> list[torch.Tensor]:
-    """The token sequences [n, context] of every shard: what the model was run on."""
-    return [shards.index(split, i)["tokens"] for split in ("train", "val") for i in range(len(shards.rows(split)))]
-
-
 def settings(a: argparse.Namespace, dtype: str, context: int, model_batch: int) -> dict[str, Any]:
     """The source's settings for one harvest."""
     sizes = {"tokens": a.tokens, "chunk_tokens": a.chunk_tokens, "context": context, "model_batch": model_batch}

@@ -57,13 +57,10 @@ class Export:
         if self.own_threshold and self.prefix is None:
             raise ValueError("own_threshold=true is for the first latents alone; give prefix=<m> too")
         if self.revision is not None and not self.is_on_hub:
-            raise ValueError(
-                f"revision={self.revision} is of the Hub, and sae={self.sae} is not; give sae={HUB}user/repo/sae_id"
-            )
+            raise ValueError(f"revision={self.revision} is of the Hub; give it with sae={HUB}user/repo/sae_id")
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether `sae` is on the Hub."""
         return self.sae.startswith(HUB)
 
 
@@ -102,11 +99,12 @@ def push(sae: MatryoshkaSAE, export: Export, summary: str) -> None:
     assert export.push is not None
     repo_id, sae_id = hub.split_reference(export.push)
     sae_id = sae_id or str(sae.metadata.get("hook_name") or Path(export.sae).name)
-    run = None if export.is_on_hub else open_run(export.sae)
-    config = run.config if run else {}
-    # the run measured its prefixes with the threshold of all latents
-    metrics = run.outcome()[0] if run and not export.own_threshold else {}
-    address = hub.push(sae, repo_id, sae_id, runner_cfg=config or None, metrics=metrics, private=export.private)
+    config, metrics = {}, {}
+    if not export.is_on_hub:
+        run = open_run(export.sae)
+        # the run measured its prefixes with the threshold of all latents
+        config, metrics = run.config, {} if export.own_threshold else run.outcome()[0]
+    address = hub.push(sae, repo_id, sae_id, config or None, metrics, export.private)
     print(f"{address} ({summary})")
     print(f'open it: from sae_lens import SAE; sae = SAE.from_pretrained("{repo_id}", "{sae_id}")')
 

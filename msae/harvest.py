@@ -24,7 +24,10 @@ class Harvest(Train):
 @command("harvest", Harvest, may_lack=OF_TRAINING)
 def main(_: Harvest | None, cfg: DictConfig) -> None:
     if cfg.verify is not None:
-        verify(Shards(cfg.verify))
+        shards = Shards(cfg.verify)
+        with progress(sum(entry.bytes for entry in shards.files().values()), "verify", unit="B") as bar:
+            shards.verify(bar.update)
+        print(f"{shards.directory}: {len(shards.manifest.shards)} shards, every checksum right")
         return
     data = decode(Data, plain(cfg)["data"], "data")
     if data.rolling_gb is not None:
@@ -34,16 +37,8 @@ def main(_: Harvest | None, cfg: DictConfig) -> None:
         )
     for hook, shards in harvest(data.source, data.root, data.max_disk_gb).items():
         rows = {split: sum(shards.rows(split)) for split in ("train", "val")}
-        print(
-            f"{hook}: {rows['train']:,} training rows, {rows['val']:,} held out, d_in {shards.d_in}: {shards.directory}"
-        )
-
-
-def verify(shards: Shards) -> None:
-    """Compare every checksum, with a bar."""
-    with progress(sum(entry.bytes for entry in shards.files().values()), "verify", unit="B") as bar:
-        shards.verify(bar.update)
-    print(f"{shards.directory}: {len(shards.manifest.shards)} shards, every checksum right")
+        counts = f"{rows['train']:,} training rows, {rows['val']:,} held out, d_in {shards.d_in}"
+        print(f"{hook}: {counts}: {shards.directory}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Running commands in tests: settings that make them short, processes of their own, what they leave."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,10 @@ SHORT = ["tokens=5000", "checkpoint_every_steps=5", "trainer.log_every_n_steps=5
 def only_run(runs: str = "runs") -> Path:
     (run,) = Path(runs).iterdir()
     return run
+
+
+def metrics_of(run: str | Path) -> dict[str, float]:
+    return json.loads((Path(run) / "metrics.json").read_text())
 
 
 def one_line(err: str) -> str:

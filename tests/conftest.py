@@ -53,6 +53,31 @@ def call(elsewhere, monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def done(call):
+    """Runs a command that must succeed; returns standard output, standard error."""
+
+    def run(command, *arguments: str) -> tuple[str, str]:
+        code, out, err = call(command, *arguments)
+        assert code == 0, err
+        return out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(call):
+    """Runs a command that must exit with 1; returns its only error line."""
+    from tests.commands import one_line
+
+    def run(command, *arguments: str) -> str:
+        code, _, err = call(command, *arguments)
+        assert code == 1
+        return one_line(err)
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory) -> list[str]:
     """Overrides for the language-model experiment on a tiny model and text made here."""

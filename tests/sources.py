@@ -56,7 +56,7 @@ class Numbered(FakeSource):
     """
 
     name = "numbered"
-    FACTORS: ClassVar = {"hook": [1.0, -1.0], "target": [2.0, 3.0, -1.0]}
+    FACTORS: ClassVar = {"hook": [1.0, -1.0], "target": [2.0, 3.0, -1.0], "wide": [1.0] * 64}
 
     def __init__(
         self,

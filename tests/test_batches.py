@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import re
-import struct
 import threading
 import time
 from itertools import islice
@@ -22,18 +21,16 @@ from msae.data.datamodule import ActivationData
 from msae.data.harvest import harvest
 from msae.data.order import ShardOrder
 from msae.data.shards import Shards
-from msae.files import checksum_of_ends
 from msae.settings import decode
 from tests.sources import Numbered
 
 
 @pytest.fixture
 def make_pair(tmp_path):
-    """Shards of these sizes at "hook" and at "target"."""
+    """Shards of these sizes at "hook" and at "target", or other hooks."""
 
-    def pair(train: list[int], val: tuple[int, ...] = (5,), name: str = "", **other: Any) -> tuple[Shards, Shards]:
-        opened = harvest(Numbered(train, list(val), **other), tmp_path / name, show=False)
-        return opened["hook"], opened["target"]
+    def pair(train: list[int], val: tuple[int, ...] = (5,), name: str = "", **other: Any) -> list[Shards]:
+        return list(harvest(Numbered(train, list(val), **other), tmp_path / name, show=False).values())
 
     return pair
 
@@ -60,6 +57,14 @@ def check_pairs(pairs: list[Any], plain: list[Any]) -> None:
         assert torch.equal(pair[1], x[:, :1] * torch.tensor(Numbered.FACTORS["target"]))
 
 
+def rows_at(order: ShardOrder, start: int, stop: int) -> Tensor:
+    """The row numbers at these positions of the order."""
+    rows = []
+    for pool, index in order.parts(start, stop):
+        rows.append(torch.cat([torch.arange(a, b) for a, b in zip(*order.blocks(pool), strict=True)])[index])
+    return torch.cat(rows)
+
+
 def threads() -> set[str]:
     return {t.name.split("_")[0] for t in threading.enumerate() if t.name.startswith("msae-prefetch")}
 
@@ -76,30 +81,28 @@ def test_the_order_has_every_row_exactly_once_an_epoch(sizes, block, pool):
     total, order = sum(sizes), ShardOrder(sizes, 0, block, pool)
     if total > 5000 and block == 1:
         pytest.skip("a pool a row")
-    for epoch in (0, 1, 7):
-        rows = order.rows(epoch * total, (epoch + 1) * total)
+    for start in (0, total, 7 * total):
+        rows = rows_at(order, start, start + total)
         assert rows.sort().values.tolist() == list(range(total))
-        middle = order.rows(epoch * total + total // 3, epoch * total + total // 2)
-        assert torch.equal(middle, rows[total // 3 : total // 2])
+        third, half = total // 3, total // 2
+        assert torch.equal(rows_at(order, start + third, start + half), rows[third:half])
 
 
 def test_epochs_differ_in_order_and_so_do_seeds():
-    order = ShardOrder([1000, 500], seed=0)
-    first, second = order.rows(0, 1500), order.rows(1500, 3000)
-    other = ShardOrder([1000, 500], seed=1).rows(0, 1500)
-    chance = 1500 / 1500  # fixed points of a random permutation: one
-    for a, b in ((first, second), (first, other), (first, torch.arange(1500))):
-        assert int((a == b).sum()) < 10 * chance
+    order, other = (ShardOrder([1000, 500], seed) for seed in (0, 1))
+    first, second = rows_at(order, 0, 1500), rows_at(order, 1500, 3000)
+    for a, b in ((first, second), (first, rows_at(other, 0, 1500)), (first, torch.arange(1500))):
+        assert int((a == b).sum()) < 10  # a random permutation has one fixed point
 
     order = ShardOrder([64_000], seed=0)  # 500 blocks: a pool of 256 has others in the next epoch
-    pools = [set(order.rows(epoch * 64_000, epoch * 64_000 + 16_000).tolist()) for epoch in (0, 1)]
+    pools = [set(rows_at(order, start, start + 16_000).tolist()) for start in (0, 64_000)]
     assert len(pools[0] & pools[1]) < 5_000  # 4000 by chance, 7800 from a pool of the same blocks
 
 
 def test_rows_mix_across_shards_and_away_from_their_neighbours():
     """A pool is 256 blocks of 128 rows: of two neighbours within a block, one batch of 256 has both 1 time in 128."""
     sizes, batch = [20_000] * 5, 256
-    rows = ShardOrder(sizes, seed=0).rows(0, sum(sizes))
+    rows = rows_at(ShardOrder(sizes, seed=0), 0, sum(sizes))
     batch_of = torch.empty_like(rows)
     batch_of[rows] = torch.arange(len(rows)) // batch
     together = float((batch_of[1:] == batch_of[:-1]).double().mean())
@@ -126,7 +129,7 @@ def test_batches_hold_the_rows_of_the_order(make_pair, sizes, batch, world):
         assert len(batches) == len(plain) == length
         for number, x in enumerate(plain):
             start = (number * world + rank) * batch
-            assert numbers([x]) == order.rows(start, start + batch).tolist()
+            assert numbers([x]) == rows_at(order, start, start + batch).tolist()
         paired = TrainBatches(shards, batch, length, 3, rank, world, target=target)
         check_pairs(list(paired), plain)
         some = [length - 1, 0, length // 2, length // 2 - 1, length - 1]
@@ -140,7 +143,7 @@ def test_batches_of_each_type_hold_the_rows_of_the_files(make, dtype):
     x = torch.cat([shards.activations("train", i) for i in range(3)])
     batches = TrainBatches(shards, 1000, 100, seed=0)
     assert batches.order.block * batches.order.pool < 40_000
-    assert torch.equal(torch.cat(list(batches)), x[batches.order.rows(0, 100_000)])
+    assert torch.equal(torch.cat(list(batches)), x[rows_at(batches.order, 0, 100_000)])
     assert torch.equal(torch.cat(list(ValBatches(shards, 3))), shards.activations("val", 0))
 
 
@@ -155,7 +158,6 @@ def test_resuming_equals_going_on(make_pair, stops):
         got += list(islice(iterator, stop))
         iterator.close()
         state = json.loads(json.dumps(batches.state_dict()))
-        assert state["position"] == len(got)
         assert (state["epoch"], state["row"]) == divmod(len(got) * 128, 1875)
         batches = TrainBatches(shards, 64, 70, 5, 1, 2, target=target)
         batches.load_state_dict(state)
@@ -181,9 +183,7 @@ def test_a_state_of_other_batches_is_refused(make_pair, change, message):
     one, other = batches(), batches(**change)
     backwards = re.sub(r"(\S+)=(\S+), this run has \S+=(\S+)", r"\1=\3, this run has \1=\2", message)
     for here, there, expected in ((other, one, message), (one, other, backwards)):
-        with pytest.raises(
-            ValueError, match=rf"^the checkpoint was made with {expected}, so [^\n]* resume with [^\n]*$"
-        ):
+        with pytest.raises(ValueError, match=rf"^the checkpoint was made with {expected}, so [^\n]* resume [^\n]*$"):
             here.load_state_dict(there.state_dict())
         assert here.position == 0
 
@@ -192,28 +192,10 @@ def test_a_state_of_another_row_order_is_refused(make):
     """Also one from before the order had a name."""
     batches = TrainBatches(make([1000]), 16, 10, 0)
     state = batches.state_dict()
-    assert state.keys() == {
-        "epoch",
-        "row",
-        "position",
-        "batch_tokens",
-        "world_size",
-        "data_seed",
-        "row_order",
-        "shards",
-    }
     for order in ("256x64", None):
         message = rf"^the checkpoint was made with row_order={order}, this run has row_order=128x256, so [^\n]*$"
         with pytest.raises(ValueError, match=message):
             batches.load_state_dict({**state, "row_order": order})
-
-
-@pytest.mark.parametrize("world", [1, 4])
-def test_fewer_rows_than_a_batch_are_one_line(make, world):
-    batch = 100 // world
-    message = rf"^\S+ has 99 training rows, fewer than one batch of {batch} × {world}; [^\n]*$"
-    with pytest.raises(ValueError, match=message):
-        TrainBatches(make([50, 49]), batch, 1, 0, world=world)
 
 
 # Validation -----------------------------------------------------------------------------------------------------------
@@ -311,14 +293,9 @@ def test_mistakes_in_the_hooks_are_one_line(hooks, message):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_an_error_in_a_thread_reaches_the_consumer(workers):
-    def make(n: int) -> int:
-        if n == 3:
-            raise OSError("the disk went away")
-        return n
-
-    iterator = prefetched(make, range(10), 4, workers)
-    assert [next(iterator) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(OSError, match="the disk went away"):
+    iterator = prefetched(lambda n: 6 // (3 - n), range(10), 4, workers)
+    assert [next(iterator) for _ in range(3)] == [2, 3, 6]
+    with pytest.raises(ZeroDivisionError):
         next(iterator)
     assert not threads()
 
@@ -343,46 +320,25 @@ def test_many_threads_make_the_same_batches_in_order(make_pair, workers):
     check_pairs(batches, [TrainBatches(*arguments).batch(number) for number in range(200)])
 
 
-def test_an_iteration_that_ends_early_leaves_no_thread(make):
-    """By a break, when the iterator is dropped, or by an error of the consumer."""
+def test_an_iterator_that_is_dropped_leaves_no_thread(make):
     batches = TrainBatches(make([1000]), 16, 10_000, 0)
-    for batch in batches:
-        assert len(batch) == 16
-        assert threads() == {"msae-prefetch"}
-        break
-    assert not threads()
-    assert batches.position == 1
     iterator = iter(batches)
-    next(iterator)
+    assert len(next(iterator)) == 16
+    assert threads() == {"msae-prefetch"}
     del iterator
     assert not threads()
-
-    def fail() -> None:
-        for _ in batches:
-            raise RuntimeError("the consumer fails")
-
-    with pytest.raises(RuntimeError, match="the consumer fails"):
-        fail()
-    assert not threads()
+    assert batches.position == 1
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_prefetch_runs_ahead_by_its_depth_only(depth):
-    made: list[int] = []
-    iterator = prefetched(made.append, range(1000), depth)
-    next(iterator)
-    time.sleep(0.1)
-    ahead = len(made)
-    iterator.close()
-    assert ahead <= depth + 1  # the one given, and those that wait
-
-
-def test_items_that_wait_are_not_made_after_the_end():
-    made: list[int] = []
-    iterator = prefetched(lambda n: time.sleep(0.2 * (n > 0)) or made.append(n), range(10), 5)
-    next(iterator)
-    iterator.close()
-    assert len(made) <= 2  # the one given, and the one in work
+@pytest.mark.parametrize("depth", [1, 5])
+def test_prefetch_runs_ahead_by_its_depth_only_and_ends_with_the_item_in_work(depth):
+    for pause, most in ((0.2, depth + 1), (0.0, 2)):
+        made: list[int] = []
+        iterator = prefetched(lambda n, made=made: time.sleep(0.02) or made.append(n), range(1000), depth)
+        next(iterator)
+        time.sleep(pause)
+        iterator.close()
+        assert len(made) <= most  # the one given, and those that waited or the one in work
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -394,50 +350,19 @@ def resident(kind: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def sparse(directory: Path, shards: int, rows: int, d_in: int) -> Shards:
-    """Shards of zeros in float32 that take no disk, and their manifest as the format says."""
-    tensor = {"dtype": "F32", "shape": [rows, d_in], "data_offsets": [0, 4 * rows * d_in]}
-    header = json.dumps({"activations": tensor}).encode()
-    header += b" " * (-len(header) % 8)
-    entries = []
-    for number in range(shards):
-        path = directory / f"train-{number:05d}.safetensors"
-        with open(path, "wb") as file:
-            file.write(struct.pack("<Q", len(header)) + header)
-            file.truncate(8 + len(header) + 4 * rows * d_in)
-        size, ends = path.stat().st_size, checksum_of_ends(path)
-        entries.append({"split": "train", "number": number, "rows": rows, "bytes": size, "xxh3": "", "xxh3_ends": ends})
-    manifest = {
-        "format": "msae-shards",
-        "version": 1,
-        "identity": {},
-        "identity_hash": "0" * 12,
-        "provenance": {},
-        "truth": None,
-        "hook_name": "hook",
-        "dtype": "float32",
-        "d_in": d_in,
-        "statistics": {"rows": shards * rows, "mean": [0.0] * d_in, "mean_square": 0.0},
-        "shards": entries,
-    }
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-    return Shards(directory)
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_memory_is_that_of_some_pools(tmp_path):
+def test_memory_is_that_of_some_pools(make):
     """An epoch of 24 pools of 8 MiB: up to four are held (before, now, next, and one being read).
 
     What the process takes beyond them is the C library's affair, which keeps freed blocks as it likes; still it must be
     far less than the data.
     """
-    shards = sparse(tmp_path, 12, 65_536, 64)  # 201 MB
+    shards = make([65_536] * 12, hook_names=("wide",))  # 201 MB
     batches = TrainBatches(shards, 4096, 192, 0)
     pool = batches.order.block * batches.order.pool * 64 * 4
     before = {kind: resident(kind) for kind in ("RssAnon", "RssFile")}
     most = dict(before)
-    for batch in batches:
-        assert not batch.any()
+    for _ in batches:
         most = {kind: max(value, resident(kind)) for kind, value in most.items()}
     gc.collect()
     assert 1 <= len(shards._free) <= 4  # all that was ever held, now given back
@@ -447,16 +372,16 @@ def test_memory_is_that_of_some_pools(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
-def test_many_shards_keep_no_file_open(tmp_path):
-    shards = sparse(tmp_path, 40, 64, 4)
+def test_many_shards_keep_no_file_open(make):
+    shards = make([64] * 40)
     before = len(os.listdir("/proc/self/fd"))
     for _ in TrainBatches(shards, 16, 160, 0):
         assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
-def test_a_whole_shard_is_a_memory_map(tmp_path):
-    shards = sparse(tmp_path, 1, 100_000, 256)  # 102 MB
+def test_a_whole_shard_is_a_memory_map(make):
+    shards = make([400_000], hook_names=("wide",))  # 102 MB
     before = resident("RssFile")
-    assert shards.activations("train", 0).shape == (100_000, 256)
-    assert str(tmp_path / "train-00000.safetensors") in Path("/proc/self/maps").read_text()
+    assert shards.activations("train", 0).shape == (400_000, 64)
+    assert str(shards.directory / "train-00000.safetensors") in Path("/proc/self/maps").read_text()
     assert resident("RssFile") - before < 30e6

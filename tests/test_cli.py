@@ -1,10 +1,7 @@
 """The command lines as a user runs them: from nothing to sae/, killed and resumed, and what they say to mistakes."""
 
-import json
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,22 +13,19 @@ from msae import harvest, train
 from msae.cli.command import compose, config_dir
 from msae.data.shards import Shards
 from msae.sae import load_sae
-from tests.commands import ENVIRONMENT, SHORT, TREE, one_line, only_run, same_weights, start, wait_for
+from tests.commands import SHORT, TREE, metrics_of, only_run, same_weights, start, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-def test_the_default_leaves_everything_a_user_wants(call):
-    code, out, err = call(train, *TREE, *SHORT)
-    assert code == 0, err
+def test_the_default_leaves_everything_a_user_wants(done):
+    out, _ = done(train, *TREE, *SHORT)
     run = only_run()
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = metrics_of(run)
     prefixes = [4, 12, 32]
     wanted = {f"val/{name}/p{w}" for name in ("mse", "fvu", "l0", "dead") for w in prefixes}
-    wanted |= {f"truth/{n}" for n in ("mcc", "firing_f1", "parent_silent_given_child", "cos_child_parent")} | {
-        "train/k"
-    }
-    assert wanted <= metrics.keys()
+    wanted |= {f"truth/{n}" for n in ("mcc", "firing_f1", "parent_silent_given_child", "cos_child_parent")}
+    assert wanted | {"train/k"} <= metrics.keys()
     assert "held-out" in out
     assert "parent_silent_given_child" in out
     assert f"{metrics['val/fvu/p32']:.4g}" in out
@@ -54,19 +48,17 @@ def test_the_default_leaves_everything_a_user_wants(call):
     assert "truth" in events.Tags()["images"]
 
 
-def test_a_run_is_reproducible_from_its_own_config(call):
-    assert call(train, *TREE, *SHORT, "seed=3")[0] == 0
+def test_a_run_is_reproducible_from_its_own_config(done):
+    done(train, *TREE, *SHORT, "seed=3")
     first = only_run()
-    code, _, err = call(train, "-cp", str(first.resolve()), "-cn", "config", "run_dir=again")
-    assert code == 0, err
+    done(train, "-cp", str(first.resolve()), "-cn", "config", "run_dir=again")
     same_weights(first, Path("again"))
 
 
-def test_the_language_model_job_from_text_to_sae(call, lm):
-    code, out, err = call(train, *lm)
-    assert code == 0, err
+def test_the_language_model_job_from_text_to_sae(done, lm):
+    out, err = done(train, *lm)
     run = only_run()
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = metrics_of(run)
     assert {f"val/ce_score/p{w}" for w in (4, 8, 16, 32, 64)} <= metrics.keys()
     assert metrics["val/ce/orig"] > 0
     assert "ce_score" in out
@@ -78,49 +70,41 @@ def test_the_language_model_job_from_text_to_sae(call, lm):
     assert sae.metadata["prepend_bos"] is True
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
 
-    code, _, err = call(train, *lm, "seed=1", "data.source.seed=0")
-    assert code == 0, err
+    _, err = done(train, *lm, "seed=1", "data.source.seed=0")
     assert "harvest" not in err  # the same identity: the shards were there
     assert len(list(Path("shards").iterdir())) == 1
 
 
-def test_harvest_alone_several_hooks_and_verify(call, lm):
-    code, out, err = call(harvest, *lm, "data.source.hook_names=[blocks.0.hook_mlp_out,blocks.1.attn.hook_z]")
-    assert code == 0, err
+def test_harvest_alone_several_hooks_and_verify(done, refused, lm):
+    out, _ = done(harvest, *lm, "data.source.hook_names=[blocks.0.hook_mlp_out,blocks.1.attn.hook_z]")
     assert "blocks.0.hook_mlp_out:" in out
     directories = sorted(Path("shards").iterdir())
     assert len(directories) == 2
-    code, out, _ = call(harvest, f"verify={directories[0]}")
-    assert code == 0
+    out, _ = done(harvest, f"verify={directories[0]}")
     assert re.fullmatch(rf"{directories[0]}: \d+ shards, every checksum right\n", out)
     shard = directories[0] / "train-00001.safetensors"
     content = bytearray(shard.read_bytes())
     content[-7] ^= 1
     shard.write_bytes(content)
-    code, _, err = call(harvest, f"verify={directories[0]}")
-    assert code == 1
-    assert one_line(err).startswith(f"error: {shard} differs from what was harvested")
+    assert refused(harvest, f"verify={directories[0]}").startswith(f"error: {shard} differs from what was harvested")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
-def test_a_killed_run_goes_on_and_ends_with_the_same_weights(call, signum):
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(done, signum):
     arguments = [*TREE, *SHORT, "tokens=100_000", "trainer.val_check_interval=200"]
-    assert call(train, *arguments, "run_dir=whole")[0] == 0
+    done(train, *arguments, "run_dir=whole")
     with start(*arguments) as process:
         wait_for("runs/*/checkpoints/last.ckpt", process)
         process.send_signal(signum)
         error = process.stderr.read() if process.stderr else ""
     run = only_run()
     assert not (run / "sae").exists(), "the run was not killed in time"
-    if signum == signal.SIGKILL:
-        assert process.returncode == -signum
-    else:
-        assert process.returncode == 128 + signum
+    assert process.returncode == (-signum if signum == signal.SIGKILL else 128 + signum)
+    if signum == signal.SIGINT:
         assert "Traceback" not in error
-        assert f"stopped by {signal.Signals(signum).name} after step" in error
+        assert "stopped by SIGINT after step" in error
         assert f"run_dir={run} ckpt_path=last" in error
-    code, _, err = call(train, *arguments, "ckpt_path=last")
-    assert code == 0, err
+    done(train, *arguments, "ckpt_path=last")
     same_weights(Path("whole"), only_run())
 
 
@@ -132,128 +116,84 @@ MISTAKES = {
     "disk cap": (["data.max_disk_gb=0.0001", "data.root=other"], "data.max_disk_gb allows 0.0001"),
     "root is a file": (["data.root=file"], "cannot write to file"),
     "no tokens": (["tokens=0"], "tokens=0"),
-    "no transcoder": (
-        ["model.d_out=7"],
-        "model.d_out=7 is of a transcoder; name what it reconstructs with data.target_",
-    ),
+    "no transcoder": (["model.d_out=7"], "is of a transcoder; name what it reconstructs with data.target_hook_name=…"),
     "one held-out row": (["data.source.val_rows=1"], "has 1 held-out rows, expected at least 2"),
-    "hub model while offline": (
-        ["+experiment=gpt2_l8", "data.source.text=file.txt"],
-        "data.source.model=",
-    ),
+    "hub model while offline": (["+experiment=gpt2_l8", "data.source.text=file.txt"], "data.source.model="),
+    "kernels that cannot run": (["model.kernels=triton", "data.root=unmade"], "needs the package triton"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_no_run(call, mistake, monkeypatch):
+def test_a_mistake_is_one_line_and_leaves_no_run(refused, mistake, monkeypatch):
     arguments, expected = MISTAKES[mistake]
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("msae.sae.fast.triton.library", lambda: None)
     Path("file").write_text("text")
     Path("file.txt").write_text("text")
-    code, _, err = call(train, *([] if "+experiment=gpt2_l8" in arguments else TREE), *arguments)
-    assert code == 1
-    assert expected in one_line(err)
+    assert expected in refused(train, *([] if "+experiment=gpt2_l8" in arguments else TREE), *arguments)
     assert not Path("runs").exists()
+    assert not Path("unmade").exists()
 
 
-def test_kernels_that_cannot_run_are_refused_before_anything_is_made(call, monkeypatch):
-    monkeypatch.setattr("msae.sae.fast.triton.library", lambda: None)
-    code, _, err = call(train, *TREE, "model.kernels=triton", "data.root=other")
-    assert code == 1
-    assert "needs the package triton" in one_line(err)
-    assert not Path("runs").exists()
-    assert not Path("other").exists()
-
-
-def test_resuming_with_other_settings_is_refused(call):
-    assert call(train, *TREE, *SHORT)[0] == 0
-    assert call(train, *TREE, *SHORT, "name=tree-other")[0] == 0  # newer, but of another name
+def test_resuming_with_other_settings_is_refused(done, refused):
+    done(train, *TREE, *SHORT)
+    done(train, *TREE, *SHORT, "name=tree-other")  # newer, but of another name
     run = next(Path("runs").glob("tree-2*"))
     for change in ("model.d_sae=64", "model=vanilla", "tokens=20_000", "trainer.accumulate_grad_batches=2"):
-        code, _, err = call(train, *TREE, *SHORT, change, "ckpt_path=last")
-        assert code == 1
-        assert f"{run} was started with " in one_line(err)
-    code, _, err = call(train, *TREE, *SHORT, "ckpt_path=last", "evaluation.calibration_tokens=300")
-    assert code == 0, err  # a finished run is evaluated again
-    assert f"run: {run}" in err
+        assert f"{run} was started with " in refused(train, *TREE, *SHORT, change, "ckpt_path=last")
+    _, err = done(train, *TREE, *SHORT, "ckpt_path=last", "evaluation.calibration_tokens=300")
+    assert f"run: {run}" in err  # a finished run is evaluated again
 
 
-def test_a_checkpoint_that_is_named_is_the_one_resumed(call):
-    assert call(train, *TREE, *SHORT)[0] == 0
+def test_a_checkpoint_that_is_named_is_the_one_resumed(done, refused):
+    done(train, *TREE, *SHORT)
     best, last = (only_run() / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     last.write_bytes(b"not needed")
-    code, _, err = call(train, *TREE, *SHORT, f"ckpt_path={best}")
-    assert code == 0, err
+    _, err = done(train, *TREE, *SHORT, f"ckpt_path={best}")
     assert "cannot be read" not in err
     last.write_bytes(b"not readable")
-    code, _, err = call(train, *TREE, *SHORT, f"ckpt_path={last}")
-    assert code == 1
-    assert f"ckpt_path: {last} cannot be read" in one_line(err)
+    assert f"ckpt_path: {last} cannot be read" in refused(train, *TREE, *SHORT, f"ckpt_path={last}")
 
 
-def test_a_run_shorter_than_the_checkpoint_interval_leaves_one(call):
+def test_a_run_shorter_than_the_checkpoint_interval_leaves_one(done):
     arguments = [*TREE, "tokens=2000", "checkpoint_every_steps=1000"]
-    assert call(train, *arguments)[0] == 0
-    first = (only_run() / "metrics.json").read_text()
+    done(train, *arguments)
+    first = metrics_of(only_run())
     (only_run() / "metrics.json").unlink()
-    code, _, err = call(train, *arguments, "ckpt_path=last")
-    assert code == 0, err
-    again = json.loads((only_run() / "metrics.json").read_text())
-    assert again.keys() == json.loads(first).keys()
+    done(train, *arguments, "ckpt_path=last")
+    assert metrics_of(only_run()).keys() == first.keys()
 
 
-def test_diverging_is_said_and_keeps_the_last_good_checkpoint(call):
-    code, _, err = call(train, *TREE, *SHORT, "model.lr=1e30", "trainer.log_every_n_steps=1")
-    assert code == 1
-    assert "training diverged by step" in one_line(err)
+def test_diverging_is_said_and_keeps_the_last_good_checkpoint(refused):
+    assert "training diverged by step" in refused(train, *TREE, *SHORT, "model.lr=1e30", "trainer.log_every_n_steps=1")
     assert not (only_run() / "sae").exists()
 
 
-def test_a_hook_that_can_only_be_read_is_evaluated_without_cross_entropy(call, lm):
-    code, _, err = call(train, *lm, "data.source.hook_names=[blocks.1.hook_resid_mid]")
-    assert code == 0, err
-    metrics = json.loads((only_run() / "metrics.json").read_text())
+def test_a_hook_that_can_only_be_read_is_evaluated_without_cross_entropy(done, lm):
+    done(train, *lm, "data.source.hook_names=[blocks.1.hook_resid_mid]")
+    metrics = metrics_of(only_run())
     assert "val/fvu/p64" in metrics
     assert "val/ce/orig" not in metrics
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_an_accelerator_that_is_not_there_is_one_line(call):
-    code, _, err = call(train, *TREE, *SHORT, "trainer.accelerator=gpu")
-    assert code == 1
-    assert "gpu" in one_line(err)
+def test_an_accelerator_that_is_not_there_is_one_line(refused):
+    assert "gpu" in refused(train, *TREE, *SHORT, "trainer.accelerator=gpu")
 
 
-def test_a_model_that_is_not_there_is_said_before_lightning_is_imported(elsewhere):
-    code = (
-        "import sys; sys.argv[1:] = ['+experiment=gpt2_l8', 'data.source.model=/nowhere', 'data.source.text=t.txt']\n"
-        "open('t.txt', 'w').write('text')\n"
-        "from msae.train import main\n"
-        "try: main()\n"
-        "except SystemExit as stop: print(stop.code, 'lightning' in sys.modules, 'transformer_lens' in sys.modules)"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=True)
-    assert out.stdout.startswith("error: there is no directory /nowhere;")
-    assert out.stdout.endswith("False False\n")
-
-
-def test_an_unreadable_shard_is_named_before_training(call):
-    assert call(train, *TREE, *SHORT)[0] == 0
+def test_an_unreadable_shard_is_named_before_training(done, refused):
+    done(train, *TREE, *SHORT)
     shard = next(Path("shards").glob("*/train-00001.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
-    code, _, _ = call(train, *TREE, *SHORT)
-    assert code == 0  # its chunk is made again, as harvesting goes on where something is missing
+    done(train, *TREE, *SHORT)  # its chunk is made again, as harvesting goes on where something is missing
     extra = shard.with_name("train-00009.safetensors")
     extra.write_bytes(shard.read_bytes())
-    code, _, err = call(train, *TREE, *SHORT)
-    assert code == 1
-    assert f"{extra} is not in the manifest" in one_line(err).replace(str(Path.cwd()) + "/", "")
+    assert f"{extra} is not in the manifest" in refused(train, *TREE, *SHORT).replace(str(Path.cwd()) + "/", "")
 
 
-def test_stopping_when_the_data_is_exhausted(call):
-    code, _, err = call(train, *TREE, *SHORT, "tokens=1_000_000", "data.exhausted=stop")
-    assert code == 0, err
-    assert json.loads((only_run() / "metrics.json").read_text())["train/tokens"] == 31 * 128  # 4000 rows
+def test_stopping_when_the_data_is_exhausted(done):
+    done(train, *TREE, *SHORT, "tokens=1_000_000", "data.exhausted=stop")
+    assert metrics_of(only_run())["train/tokens"] == 31 * 128  # 4000 rows
 
 
 def test_two_processes_share_one_run(call):
@@ -261,7 +201,7 @@ def test_two_processes_share_one_run(call):
     with start(*arguments) as process:
         error = process.stderr.read() if process.stderr else ""
     assert process.returncode == 0, error
-    metrics = json.loads((only_run() / "metrics.json").read_text())
+    metrics = metrics_of(only_run())
     assert metrics["train/tokens"] == 4096  # 16 steps of 2 × 128
 
 
@@ -271,7 +211,7 @@ ALL += [[f"+sweeps={path.stem}"] for path in sorted(config_dir("sweeps").glob("*
 
 
 @pytest.mark.parametrize("overrides", ALL, ids=lambda o: o[0])
-def test_every_real_config_composes_and_trains_two_steps(call, lm, overrides):
+def test_every_real_config_composes_and_trains_two_steps(done, lm, overrides):
     compose("train", overrides)
     small = lm[1:] if overrides[0].startswith("+experiment=gpt2") else TREE
     if overrides[0] == "+experiment=forest_16k":  # 700 features: evaluating 16,384 takes a minute
@@ -280,6 +220,5 @@ def test_every_real_config_composes_and_trains_two_steps(call, lm, overrides):
         sweep = OmegaConf.load(config_dir("sweeps") / f"{overrides[0].partition('=')[2]}.yaml")
         first = {key: str(value).split(",")[0] for key, value in sweep.hydra.sweeper.params.items()}
         overrides = [f"{key}={value}" for key, value in first.items()]
-    code, _, err = call(train, *overrides, *small, "tokens=256")
-    assert code == 0, err
-    assert json.loads((only_run() / "metrics.json").read_text())["train/tokens"] == 256
+    done(train, *overrides, *small, "tokens=256")
+    assert metrics_of(only_run())["train/tokens"] == 256

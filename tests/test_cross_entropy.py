@@ -56,7 +56,7 @@ def half(rows):
 
 
 def measure(bridge, hook, tokens, reconstruct, **settings):
-    return cross_entropy_recovered(bridge, hook, reconstruct, tokens, [0], show_progress=False, **settings)
+    return cross_entropy_recovered(bridge, hook, reconstruct, tokens, [0], **settings)
 
 
 @pytest.mark.parametrize(("hook", "target", "layer"), CASES.values(), ids=CASES)

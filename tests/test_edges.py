@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from msae.data.shards import Shards
+from msae.evaluation import truth
 from msae.hierarchy import edges as edges_module
-from msae.hierarchy import pairs as pairs_module
 from msae.hierarchy.edges import Edges, grade, ranks, sibling_cosines
 from msae.hierarchy.extract import levels
 from msae.hierarchy.firings import Array, Firings, collect, pieces
 from msae.hierarchy.limits import LINES, STAGES, TESTS, Limits
-from msae.hierarchy.pairs import Pairs, covering_pairs, false_discovery_rate
+from msae.hierarchy.pairs import Pairs, covering_pairs
 from msae.sae import MatryoshkaSAE
 from msae.settings import changed
 from msae.sources.forest import ForestSource
-from tests.test_firings import given_shards, of_dense
+from tests.test_firings import given_shards, of_dense, sae_of
 
 Edge = tuple[int, int]
 
@@ -79,11 +79,10 @@ def naive_pairs(firings: Firings, coverage: float, least: int) -> dict[Edge, tup
     return pairs
 
 
-@pytest.mark.parametrize(("block", "rows"), [(1, 7), (5, 1), (26, 150), (512, 2**18)])
+@pytest.mark.parametrize("children", [1, 5, 26, 512])
 @pytest.mark.parametrize(("coverage", "least"), [(0.5, 20), (0.8, 1), (0.0, 5), (1.0, 20), (0.5, 10**6)])
-def test_covering_pairs_are_those_of_loops(monkeypatch, block, rows, coverage, least):
-    monkeypatch.setattr(pairs_module, "BLOCK", block)
-    monkeypatch.setattr(pairs_module, "ROWS", rows)
+def test_covering_pairs_are_those_of_loops(monkeypatch, children, coverage, least):
+    monkeypatch.setattr(truth, "CHILDREN", children)
     firings = of_dense(family(150, seed=least % 7))
     pairs, expected = covering_pairs(firings, coverage, least), naive_pairs(firings, coverage, least)
     assert sorted(edge_list(pairs)) == sorted(expected)
@@ -109,23 +108,10 @@ def test_a_pair_at_the_line_covers_and_one_row_less_does_not():
         assert sorted(edge_list(covering_pairs(of_dense(dense), coverage, least))) == expected
 
 
-def test_chance_is_by_hand():
-    """Rows {0,1}, {0,1,2}, {0}, {0,3}: of child 1, L0 − 1 = 1, 2 and Σ L0 − 2 = 6, so 0 is there by chance 4·3/6/2."""
-    pairs = covering_pairs(of_dense([[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 0, 1]]), 0.5, 1)
-    chance = dict(zip(edge_list(pairs), pairs.chance.tolist(), strict=True))
-    assert chance == pytest.approx({(0, 1): 1.0, (0, 2): 1.0, (1, 2): 2 * 2 / 7 / 1, (0, 3): 4 * 1 / 7 / 1})
-
-
 def test_above_chance_begins_at_the_lift():
     """Of 20 firings of the child 5 are expected: at twice that there are 10."""
     pairs = Pairs(np.zeros(4, dtype=int), np.array([1, 1, 1, 2]), np.array([9, 10, 11, 10]), np.full(4, 0.25))
     assert pairs.above(np.array([50, 20, 21]), 2.0).tolist() == [False, True, True, False]
-
-
-def test_the_false_discovery_rate_of_nothing():
-    assert len(false_discovery_rate(np.zeros(0), 0)) == len(false_discovery_rate(np.zeros(0), 7)) == 0
-    with pytest.raises(AssertionError, match="3 p-values of 2"):
-        false_discovery_rate(np.ones(3), 2)
 
 
 # Every figure against loops -------------------------------------------------------------------------------------------
@@ -138,10 +124,10 @@ class World(NamedTuple):
     level: Array
     x: Array  # rows in order
 
-    def grade(self, limits: Limits, order: Array | None = None) -> Edges:
-        """Of the covering pairs, in another order if one is given."""
+    def grade(self, limits: Limits) -> Edges:
+        """Of the covering pairs, whose order does not matter."""
         pairs = covering_pairs(self.firings, limits.coverage, limits.least)
-        pairs = pairs if order is None else pairs.where(order[order < len(pairs.parent)])
+        pairs = pairs.where(np.random.default_rng(0).permutation(len(pairs.parent)))
         return grade(self.sae, self.shards, self.firings, pairs, self.level, limits)
 
 
@@ -281,7 +267,7 @@ def compared(tmp_path_factory) -> list[tuple[World, Limits, Edges, dict[Edge, di
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(edges_module, "ROWS", 48)  # several batches a shard
         patch.setattr(edges_module, "CHILDREN", 2)
-        patch.setattr(pairs_module, "BLOCK", 7)
+        patch.setattr(truth, "CHILDREN", 7)
         worlds = [random_world(tmp_path_factory.mktemp("world"), seed) for seed in range(3)]
         return [(w, limits, w.grade(limits), *naive_edges(w, limits)) for w in worlds for limits in LIMITS]
 
@@ -320,16 +306,6 @@ def test_lines_survivors_funnel_and_parents_say_the_same(compared):
     assert {key for key, seen in outcomes.items() if seen != {True, False}} == {"coverage"}  # all candidates pass it
 
 
-def test_grade_depends_neither_on_batches_nor_on_the_order_of_the_pairs(tmp_path, monkeypatch):
-    world = random_world(tmp_path, 7)
-    usual, mixed = world.grade(LOOSE), world.grade(LOOSE, np.random.default_rng(0).permutation(1000))
-    monkeypatch.setattr(edges_module, "ROWS", 13)
-    for other in (world.grade(LOOSE), mixed):
-        order = [edge_list(other).index(edge) for edge in edge_list(usual)]
-        for key in TESTS:
-            np.testing.assert_allclose(other.figures[key][order], usual.figures[key], rtol=1e-4, atol=1e-5)
-
-
 def test_without_a_candidate_or_a_firing_there_is_no_edge(tmp_path):
     world = random_world(tmp_path, 9)
     for dense in (np.zeros((330, 26)), np.eye(330, 26)):
@@ -338,16 +314,6 @@ def test_without_a_candidate_or_a_firing_there_is_no_edge(tmp_path):
         assert set(edges.funnel().values()) == {0}
         assert (edges.parents(26) == -1).all()
     assert edge_list(covering_pairs(of_dense(np.zeros((9, 5))), 0.5, 0)) == []
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_ranks_are_those_of_loops(seed):
-    random = np.random.default_rng(seed)
-    score, child, left = random.permutation(25), random.integers(0, 6, 25), random.random(25) < 0.7
-    rank = ranks(score, child, left)
-    for i in range(25):
-        rivals = [score[j] for j in range(25) if left[j] and child[j] == child[i]]
-        assert rank[i] == (1 + sorted(rivals, reverse=True).index(score[i]) if left[i] else 0)
 
 
 def test_of_equal_scores_one_is_first():
@@ -363,19 +329,6 @@ def test_a_sibling_that_is_its_parent_shares_nothing():
 
 
 # Worlds whose hierarchy is known --------------------------------------------------------------------------------------
-
-
-def sae_of(
-    decoder: Tensor, encoder: Tensor | None = None, prefixes: Sequence[int] = (), threshold: float = 0.1
-) -> MatryoshkaSAE:
-    """Latents fire where x · encoder row > threshold; the encoder is the decoder unless given."""
-    n, d_in = decoder.shape
-    sae = MatryoshkaSAE(d_in, n, list(prefixes) or [n], 1)
-    with torch.no_grad():
-        sae.W_dec.copy_(decoder)
-        sae.W_enc.copy_((decoder if encoder is None else encoder).T)
-    sae.threshold.fill_(threshold)
-    return sae
 
 
 def graded(

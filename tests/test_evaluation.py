@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 
 from msae.data.batches import ValBatches
 from msae.data.harvest import harvest
-from msae.evaluation.evaluate import METRICS, HeldOut, calibrate, evaluate
+from msae.evaluation.evaluate import HeldOut, calibrate, evaluate
 from msae.evaluation.reconstruction import ReconstructionSums, reconstruction_metrics
 from msae.evaluation.truth import truth_metrics
 from msae.sae import MatryoshkaSAE
@@ -141,15 +141,3 @@ def test_evaluation_streams_the_held_out_rows(shards) -> None:
     }
     assert metrics == pytest.approx(expected, rel=1e-6, nan_ok=True)
     assert metrics["truth/l0"] == pytest.approx(metrics["val/l0/p32"])
-
-
-def test_a_metric_is_one_function_and_one_line(shards, monkeypatch) -> None:
-    def longest_row(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:
-        return {f"val/longest_row/p{held_out.start}": float(sae.W_dec.norm(dim=1).max())}
-
-    held_out = HeldOut(shards, start=900)
-    before = evaluate(thresholded(), held_out)
-    monkeypatch.setattr("msae.evaluation.evaluate.METRICS", [*METRICS, longest_row])
-    metrics = evaluate(thresholded(), held_out)
-    assert metrics.pop("val/longest_row/p900") == pytest.approx(1)
-    assert metrics == pytest.approx(before, nan_ok=True)

@@ -19,7 +19,6 @@ from msae.explorer.examples import (
     LABEL_FROM,
     QUANTILES,
     TOP,
-    Column,
     Examples,
     Names,
     Text,
@@ -32,7 +31,7 @@ from msae.explorer.inputs import words
 from msae.hierarchy.firings import Array, Firings, collect
 from msae.sae import MatryoshkaSAE
 from msae.sources.forest import ForestSource
-from tests.test_firings import given_shards, of_dense
+from tests.test_firings import given_shards, of_dense, sae_of
 from tests.tiny_lm import EOT, tiny_tokenizer
 
 CONTEXT, VOCABULARY = 40, 30
@@ -95,18 +94,6 @@ def plain_text(sequences: int, length: int, vocabulary: list[str]) -> Text:
 # Columns and text -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("rows", "values", "asked", "expected"),
-    [
-        ([2, 5, 9], [0.5, 1.5, 2.5], [-1, 0, 2, 3, 5, 8, 9, 10, 5], [0, 0, 0.5, 0, 1.5, 0, 2.5, 0, 1.5]),
-        ([], [], [-1, 0, 4], [0, 0, 0]),
-        ([0], [3.0], [-1, 0], [0, 3]),
-    ],
-)
-def test_a_column_at_rows(rows, values, asked, expected):
-    assert Column(np.array(rows, dtype=int), np.array(values)).at(np.array(asked)).tolist() == expected
-
-
 def test_every_row_has_its_token_sequence_and_position(text):
     beside = text.text
     assert text.firings.pieces[-1].index is not None  # the last piece is a part of its shard
@@ -139,16 +126,6 @@ def test_rows_without_text_have_no_contexts(tmp_path):
     examples = Examples(firings, None, np.array([-1, 0]))
     assert examples.contexts(1) == []
     assert examples.labels() == ["", ""]
-
-
-@pytest.mark.parametrize("position", [0, 1, BEFORE, BEFORE + 1, CONTEXT - AFTER - 1, CONTEXT - AFTER, CONTEXT - 1])
-def test_a_context_ends_where_its_sequence_does(position):
-    """At both ends the window is cut, and never reaches into the sequence beside it."""
-    tokens, rows, peak, where = plain_text(3, CONTEXT, []).around(CONTEXT + position)
-    expected = [CONTEXT + i for i in range(max(0, position - BEFORE), min(CONTEXT, position + AFTER + 1))]
-    assert tokens.tolist() == rows.tolist() == expected
-    assert tokens[peak] == CONTEXT + position
-    assert where == f"sequence 1, position {position}"
 
 
 # Contexts -------------------------------------------------------------------------------------------------------------
@@ -318,11 +295,7 @@ def forest(tmp_path_factory) -> SimpleNamespace:
     shards = harvest(source, tmp_path_factory.mktemp("forest"), show=False)["synthetic"]
     features = source.features.float()
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    sae = MatryoshkaSAE(20, 20, [4, 20], 2)
-    with torch.no_grad():
-        sae.W_dec.copy_(features[order])
-        sae.W_enc.copy_(torch.linalg.pinv(features)[:, order])
-        sae.threshold.fill_(0.01)
+    sae = sae_of(features[order], torch.linalg.pinv(features)[:, order].T, [4, 20], 0.01)
     x = torch.cat([shards.activations("val", 0), shards.activations("train", 0)])[:300]
     active = (x.double() @ torch.linalg.pinv(features.double())).numpy() > 0.01
     firings = collect(sae, shards, 300)

@@ -1,7 +1,6 @@
 """The export command as a user runs it: every format, prefixes, the Hub, and what it says to mistakes."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from msae import export, interop
 from msae.interop import hub
 from msae.runs import open_run
 from msae.sae import MatryoshkaSAE, save_sae
+from tests.commands import ENVIRONMENT
 from tests.test_hub import FolderApi
 
 X = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
@@ -135,6 +135,5 @@ def test_export_imports_neither_lightning_nor_transformer_lens():
         "from msae.export import main\nmain()\n"
         "print({'lightning', 'transformer_lens', 'transformers', 'datasets', 'huggingface_hub'} & sys.modules.keys())"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=True)
     assert out.stdout.splitlines()[-1] == "set()"

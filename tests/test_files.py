@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from msae.sae import MatryoshkaSAE, fold, load_sae, save_sae, truncate
+from msae.sae import MatryoshkaSAE, fold, load_sae, save_sae
 from msae.sae.files import CONFIG
 from msae.sae.files import WEIGHTS as TENSORS
 from msae.sae.sparsity import sparsity_as_plain
@@ -168,13 +168,6 @@ def test_metadata_survive_and_ours_is_added(tmp_path) -> None:
     assert sae.metadata["hook_name"] == "a"
 
 
-def test_a_truncated_sae_can_be_saved(tmp_path) -> None:
-    sae, x = ready()
-    small = load_sae(save_sae(truncate(load_sae(save_sae(sae, tmp_path / "whole")), 8), tmp_path / "small"))
-    assert (small.d_sae, small.prefixes) == (8, [4, 8])
-    assert_close(small(x), sae(x, 8))
-
-
 # --- what others wrote ------------------------------------------------------------------------------------------------
 
 
@@ -208,13 +201,6 @@ def test_an_sae_of_others_is_read(options, change, sparsity, k, tmp_path) -> Non
     assert loaded.prefixes == ([4, 8, 32] if sparsity == "batch_topk" else [32])  # no widths: one prefix
     assert loaded.prefix_thresholds.isnan().all()
     assert_close(loaded(x), sae(x))
-
-
-def test_b_dec_is_subtracted_from_the_input_only_where_it_says_so(tmp_path) -> None:
-    sae, x = ready(scale=1.0)
-    save_sae(sae, tmp_path)
-    change_config(lambda c: c.update(apply_b_dec_to_input=False))(tmp_path)
-    torch.testing.assert_close(load_sae(tmp_path).pre(x), x @ sae.W_enc + sae.b_enc)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,13 +48,35 @@ def given_shards(root: Path, val: Sequence[Tensor], train: Sequence[Tensor], *in
     return harvest(Given(val, train, *index), root, show=False)["given"]
 
 
+def code_of(dense: Tensor) -> SparseCode:
+    """These activations [rows, d_sae] as a sparse code."""
+    rows, latents = dense.nonzero(as_tuple=True)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (dense != 0).sum(1).cumsum(0)])
+    return SparseCode(offsets, latents, dense[rows, latents].float(), dense.shape[1])
+
+
 def of_dense(dense: Any, parts: list[Piece] | None = None) -> Firings:
     """These activations [rows, d_sae] as firings."""
-    acts = torch.from_numpy(np.asarray(dense, dtype=np.float32))
-    rows, latents = acts.nonzero(as_tuple=True)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (acts != 0).sum(1).cumsum(0)])
-    code = SparseCode(offsets, latents.int(), acts[rows, latents], acts.shape[1])
-    return Firings(code, [Piece("val", 0, 0, len(acts))] if parts is None else parts)
+    code = code_of(torch.from_numpy(np.asarray(dense, dtype=np.float32)))
+    return Firings(replace(code, latents=code.latents.int()), parts or [Piece("val", 0, 0, code.batch)])
+
+
+def sae_of(
+    decoder: Tensor, encoder: Tensor | None = None, prefixes: Sequence[int] = (), threshold: float = 0.1
+) -> MatryoshkaSAE:
+    """Latents fire where x · encoder row > threshold; the encoder is the decoder unless given."""
+    n, d_in = decoder.shape
+    sae = MatryoshkaSAE(d_in, n, list(prefixes) or [n], 1)
+    with torch.no_grad():
+        sae.W_dec.copy_(decoder)
+        sae.W_enc.copy_((decoder if encoder is None else encoder).T)
+    sae.threshold.fill_(threshold)
+    return sae
+
+
+def identity(n: int) -> MatryoshkaSAE:
+    """Latent i is what is positive in column i."""
+    return sae_of(torch.eye(n), threshold=0.0)
 
 
 def random_dense(rows: int, d_sae: int, seed: int = 0) -> Array:
@@ -91,14 +114,6 @@ def shards_of(kind: str, root: Path, dtype: torch.dtype = torch.float32) -> Shar
     made = [rows_of_text(lengths, seed) for seed, lengths in enumerate(LENGTHS[kind])]
     rows = [rows.to(dtype) for rows, _ in made]
     return given_shards(root, rows[:2], rows[2:], [index for _, index in made] if kind == "text" else ())
-
-
-def identity(n: int) -> MatryoshkaSAE:
-    """Latent i is what is positive in column i."""
-    sae = MatryoshkaSAE(n, n, [n], 1, sparsity="l1")
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.eye(n)), sae.W_dec.copy_(torch.eye(n))
-    return sae
 
 
 # Which rows -----------------------------------------------------------------------------------------------------------

@@ -26,11 +26,12 @@ from msae.hierarchy.extract import FIRINGS, ORDER, THIS, VANILLA, Hierarchy, lev
 from msae.hierarchy.firings import collect
 from msae.hierarchy.limits import LINES, STAGES, TESTS, Limits
 from msae.interop import load as load_sae
+from msae.runs import open_run
 from msae.sae import MatryoshkaSAE, permute, save_sae
 from msae.sources.bridge import load_bridge
 from tests.commands import ENVIRONMENT, one_line
 from tests.test_page import latents_of, unpacked
-from tests.tiny_lm import sentences, tiny_model, tiny_tokenizer
+from tests.tiny_lm import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 PICTURES = ["forest", "funnel", "levels"]
@@ -59,18 +60,9 @@ def tree(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lm(tmp_path_factory) -> Path:
+def lm(lm, tmp_path_factory) -> Path:
     """A run on a tiny language model, whose embedding has more rows than its tokenizer has tokens, as many have."""
-    root = tmp_path_factory.mktemp("lm")
-    (root / "text.txt").write_text("\n".join(sentences(300)))
-    model = tiny_model(root / "model")
-    return trained(
-        root,
-        *("+experiment=gpt2_l8", f"data.source.model={model}", f"data.source.text={root / 'text.txt'}"),
-        *("data.source.hook_names=[blocks.1.hook_resid_pre]", "data.source.context=32", "data.source.tokens=3000"),
-        *("data.source.chunk_tokens=1024", "data.source.val_fraction=0.2", "data.batch_tokens=128", "tokens=15_000"),
-        *("model.d_sae=64", "model.k=4", "model.schedule.warmup_steps=5", "model.lr=3e-3", "evaluation.ce_sequences=4"),
-    )
+    return trained(tmp_path_factory.mktemp("run"), *lm, "tokens=15_000", "model.lr=3e-3")
 
 
 @pytest.fixture
@@ -91,7 +83,7 @@ def shards_of(run: Path) -> Path:
 
 
 def model_of(run: Path) -> Path:
-    return run.parent / "model"
+    return Path(open_run(run).setting("data.source.model"))
 
 
 def inputs(run: Path | str, **paths: Path | str) -> Inputs:
@@ -221,13 +213,7 @@ def test_the_page_of_a_synthetic_tree_shows_what_the_file_says(call, tree, arms)
     hierarchy, (core, latents, vocabulary) = hierarchy_of(run), page_of(run)
     assert hierarchy.verdict() in printed
     assert core["verdict"] == hierarchy.verdict()
-    assert core["funnelColumns"] == list(hierarchy.funnels)
-    assert [stage for stage, _ in core["funnel"]] == [TESTS[key].name for key in LINES]
-    assert core["funnel"][-1][1] == [funnel["rank"] for funnel in hierarchy.funnels.values()]
     assert core["parent"] == hierarchy.parent.tolist()
-    assert core["level"] == (hierarchy.level + 1).tolist()
-    assert core["rate"] == hierarchy.rate.tolist()
-    assert core["candidates"] == len(hierarchy.edges.parent)
     assert core["joined"] is False
     assert vocabulary == [*(f"feature {i}" for i in range(20)), "row"]
     facts = dict(core["facts"])
@@ -313,10 +299,9 @@ def test_a_page_without_a_model_shows_numbers(call, lm, run):
 # SAEs in other forms, odd ones, and pages of another ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("to", ["dictionary_learning", "saelens"])
-def test_an_sae_in_the_form_of_another_library(to, call, tree, arms):
+def test_an_sae_in_the_form_of_another_library(call, tree, arms):
     source, shards = arms / "matryoshka", f"shards={shards_of(tree)}"
-    done(call, export, f"sae={source}", f"to={to}", "out=exported")
+    done(call, export, f"sae={source}", "to=saelens", "out=exported")
     done(call, find_hierarchy, f"run={source}", shards, "tokens=2000")
     done(call, report, "run=exported", shards, "tokens=2000")
     ours, exported = hierarchy_of(source), hierarchy_of("exported")
@@ -324,7 +309,6 @@ def test_an_sae_in_the_form_of_another_library(to, call, tree, arms):
     assert exported.prefixes == ours.prefixes
     assert exported.parent.tolist() == ours.parent.tolist()
     assert VANILLA not in exported.funnels  # no arm stands beside it
-    assert Path("exported/report.html").exists()
     done(call, find_hierarchy, "run=exported", shards, "tokens=2000", f"vanilla={arms / 'vanilla'}", "out=more")
     assert hierarchy_of("more").funnels[VANILLA] == ours.funnels[VANILLA]
     assert Path("more/hierarchy/funnel.png").exists()
@@ -409,12 +393,8 @@ def test_a_page_is_of_the_limits_that_were_asked_for(call, arms):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run=x", "limit.mcs=0.7"], "unknown key limit; did you mean limits?"),
         (["run=x", "limits.msc=0.7"], "unknown key limits.msc; did you mean limits.mcs?"),
-        (["runn=x"], "unknown key runn; did you mean run?"),
-        (["run=x", "shard=y"], "unknown key shard; did you mean shards?"),
         ([], "not set: run; give run=…"),
-        (["run=x", "limits.mcs=high"], "limits.mcs=high: expected number"),
         (["run=x", "limits.matched=0"], "limits.matched=0: expected int ≥ 1"),
         (["run=x", "tokens=0"], "tokens=0: expected int ≥ 1 | null"),
         (["run=x"], "there is no directory x"),
@@ -450,25 +430,12 @@ def test_shards_that_do_not_fit_or_are_not_there(call, tree, lm, run):
 
 
 def test_an_sae_is_found_in_a_run_in_its_directory_and_in_an_arm(tree, lm):
-    for path, run, width, made in [
-        (lm, lm, 64, shards_of(lm)),
-        (lm / "sae", lm, 64, shards_of(lm)),
-        (tree / "vanilla", tree / "vanilla", 32, shards_of(tree)),
-        (tree / "matryoshka" / "sae", tree / "matryoshka", 32, shards_of(tree)),
-    ]:
+    arm = tree / "matryoshka"
+    for path, run, made in [(lm, lm, lm), (lm / "sae", lm, lm), (arm, arm, tree), (arm / "sae", arm, tree)]:
         opened = inputs(path)
-        assert (opened.run.path, opened.out.path, opened.sae.d_sae, opened.shards.directory) == (run, run, width, made)
+        assert (opened.run.path, opened.out.path, opened.shards.directory) == (run, run, shards_of(made))
     assert inputs(lm, out="elsewhere").out.path == Path("elsewhere")
     assert (inputs(lm).model, inputs(tree / "vanilla").model) == (str(model_of(lm)), None)
-
-
-def test_a_run_with_several_saes_is_refused_with_their_names(arms):
-    with pytest.raises(ValueError, match=r"^\S+ has several SAEs; give \S+/<one of matryoshka, vanilla>$"):
-        inputs(arms)
-    write_arms(arms, matryoshka="diverged", vanilla=None, never=None)
-    shutil.rmtree(arms / "matryoshka")
-    with pytest.raises(ValueError, match=r"<one of vanilla>$"):
-        inputs(arms)
 
 
 def test_the_vanilla_arm_of_the_same_run_is_found(tree, arms):

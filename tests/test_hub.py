@@ -1,7 +1,6 @@
 """Pushing to and pulling from a Hub that is a folder here."""
 
 import json
-import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -9,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi
-from safetensors.torch import load_file
 
 from msae.interop import hub
-from msae.sae import MatryoshkaSAE, load_sae
+from msae.sae import MatryoshkaSAE
 from tests.test_interop import one_line
 
-REPO = "someone/saes"
+REPO, FILES = "someone/saes", {"cfg.json", "sae_weights.safetensors"}
 METRICS = {
     **{"val/fvu/p4": 0.5, "val/fvu/p16": 0.25, "val/l0/p4": 1.0, "val/l0/p16": 2.0125, "val/dead/p4": 0.0},
     **{"val/dead/p16": 3.0, "val/ce_score/p4": 0.625, "val/ce_score/p16": 0.875, "val/ce/orig": 3.5, "seconds": 9.0},
@@ -25,13 +23,13 @@ METRICS = {
 class FolderApi:
     """What is used of HfApi, with a folder for a Hub; `log` says what was asked."""
 
-    def __init__(self, root: Path, token: str | None = None) -> None:
-        self.root, self.token = root, token
+    def __init__(self, root: Path) -> None:
+        self.root = root
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
         assert exist_ok
         (self.root / repo_id).mkdir(parents=True, exist_ok=True)
-        (self.root / "log").write_text(f"private={private} token={self.token}")
+        (self.root / "log").write_text(f"private={private}")
 
     def file_exists(self, repo_id: str, filename: str) -> bool:
         return (self.root / repo_id / filename).exists()
@@ -68,24 +66,20 @@ def sae() -> MatryoshkaSAE:
 
 
 def test_what_is_pushed_is_what_is_pulled(root, sae):
-    sparsity = torch.linspace(-10, 0, 16)
     runner = {"name": "tree", "tokens": 5}
-    address = hub.push(sae, REPO, "layer_8/width_16", {"l0": 2.0}, runner, METRICS, sparsity, private=True, token="t")
+    address = hub.push(sae, REPO, "layer_8/width_16", runner, METRICS, private=True)
     assert address == f"https://huggingface.co/{REPO}/tree/main/layer_8/width_16"
     folder = root / REPO / "layer_8/width_16"
-    names = {"cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "runner_cfg.json", "README.md"}
-    assert {p.name for p in folder.iterdir()} == names
+    assert {p.name for p in folder.iterdir()} == {*FILES, "runner_cfg.json", "README.md"}
     assert json.loads((folder / "runner_cfg.json").read_text()) == runner
-    assert torch.equal(load_file(folder / "sparsity.safetensors")["sparsity"], sparsity)
-    assert load_sae(folder).metadata["l0"] == 2.0
-    assert (root / "log").read_text() == "private=True token=t"
+    assert (root / "log").read_text() == "private=True"
 
     pulled = hub.pull(REPO, "layer_8/width_16", revision="v1")
     x = torch.randn(5, 8)
     assert torch.equal(pulled(x, 4), sae(x, 4))
     assert pulled.prefixes == [4, 16]
     snapshot = root / "cache" / REPO / "v1/layer_8/width_16"
-    assert {p.name for p in snapshot.iterdir()} == {"cfg.json", "sae_weights.safetensors"}  # and nothing else
+    assert {p.name for p in snapshot.iterdir()} == FILES  # and nothing else
 
 
 def test_the_card_tells_what_users_ask_for(root, sae):
@@ -145,10 +139,8 @@ def test_references():
         one_line(hub.split_reference, wrong, match="expected user/repo/sae_id")
 
 
-def test_what_is_not_there_is_one_line(root, sae):
+def test_what_is_not_there_is_one_line(root):
     one_line(hub.pull, REPO, "a", "v1", match=f"^{REPO} at revision v1 has no SAE a; see the folders at https://")
-    push = partial(hub.push, sparsity=torch.zeros(3))
-    one_line(push, sae, REPO, "a", match=re.escape("sparsity has shape [3], expected [16], one a latent"))
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(sae, monkeypatch):

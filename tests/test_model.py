@@ -113,6 +113,15 @@ def test_encoding_in_training_mode_changes_nothing(sparsity) -> None:
     assert changed(sae, before) == []
 
 
+@every_sparsity
+def test_a_row_is_encoded_as_it_would_be_alone(sparsity) -> None:
+    sae, x = make(sparsity=sparsity, threshold=0.5), rows(50, 4)
+    alone = torch.cat([sae.encode(row) for row in x.split(1)])
+    assert torch.equal(sae.encode(x) > 0, alone > 0)
+    assert_close(sae.encode(x), alone)
+    assert 0 < int((alone > 0).sum()) < alone.numel()
+
+
 @pytest.mark.parametrize("sparsity", [name for name in SPARSITIES if name != "batch_topk"])
 def test_these_select_at_inference_as_they_do_while_training(sparsity) -> None:
     sae, x = make(sparsity=sparsity), rows(50, 4)
@@ -322,9 +331,10 @@ def test_permuting_moves_the_optimizer_state_the_emas_and_the_counters(sparsity)
         loss.total.backward()
         optimizer.step()
         if sparsity == "batch_topk":
-            sae.update_threshold(loss.acts, 0.1)
-        sae.update_use(loss.acts.square().mean(0), 0.1)
-        sae.update_fired((loss.acts > 0).sum(0), len(loss.acts))
+            sae.update_threshold(loss.code.acts, 0.1)
+        sae.update_use(loss.code.mean_square(1.0), 0.1)
+        sae.update_fired(loss.code.fired(), 8)
+    sae.tokens_since_fired.copy_(torch.arange(6))
     before, acts, recon = everything(sae, optimizer), sae.encode(x), sae(x)
     permute(sae, ORDER, optimizer)
     assert_close(sae.encode(x), acts[:, ORDER])
@@ -394,21 +404,6 @@ def test_an_sae_in_bfloat16_maps_bfloat16_to_bfloat16(sparsity) -> None:
     assert sae.select(sae.pre(x)).dtype == torch.bfloat16
 
 
-def test_an_sae_comes_back_from_double_precision() -> None:
-    sae, x = make(dtype=torch.float32, sparsity="l1"), rows(5, 4, dtype=torch.float32)
-    before, recon = state(sae), sae(x)
-    sae.double().float()
-    assert changed(sae, before) == []
-    assert torch.equal(sae(x), recon)
-
-
-def test_normalising_the_decoder_keeps_its_directions() -> None:
-    sae = make()
-    directions = sae.W_dec.detach() / sae.W_dec.detach().norm(dim=1, keepdim=True)
-    sae.normalise_decoder()
-    torch.testing.assert_close(sae.W_dec.detach(), directions, rtol=1e-14, atol=1e-15)
-
-
 def test_dead_counts_tokens() -> None:
     sae = make()
     sae.update_fired(torch.tensor([0, 1, 0, 5, 0, 0]), tokens=100)
@@ -416,10 +411,3 @@ def test_dead_counts_tokens() -> None:
     assert sae.tokens_since_fired.tolist() == [150, 50, 0, 0, 150, 150]
     assert sae.dead(150).tolist() == [True, False, False, False, True, True]
     assert not sae.dead(151).any()
-
-
-def test_use_is_an_average_that_starts_at_zero() -> None:
-    sae = make()
-    for _ in range(3):
-        sae.update_use(torch.arange(6.0), 0.5)
-    torch.testing.assert_close(sae.use, torch.arange(6.0).double() * (1 - 0.5**3))

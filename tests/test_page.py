@@ -224,12 +224,6 @@ def test_quantised_activations_keep_their_sign_and_size(largest):
     assert quantise(np.zeros(3), 0.0).tolist() == [0, 0, 0]
 
 
-def test_columns_of_another_length_are_refused():
-    for name in ("label", "nearest", "nearest_cos", "histogram", "promoted", "suppressed"):
-        with pytest.raises(AssertionError, match="300 latents"):
-            replace(example(), **{name: getattr(example(), name)[1:]})
-
-
 def test_data_closes_no_element(tmp_path):
     write_page(hostile(), tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text("utf-8")
@@ -270,14 +264,15 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def visit(browser: Any, file: Path) -> Iterator[Any]:
-    """Opens a page; afterwards no error, nothing refused by the policy and no request but the file may be left."""
+def visit(browser: Any, file: Path, tmp_path: Path) -> Iterator[Any]:
+    """Opens the example or another page; afterwards no error, nothing refused by the policy and no request is left."""
     contexts, errors, requests = [], [], []
 
-    def go(
-        latent: int | str | None = None, path: Path = file, width: int = 1280, height: int = 800, scheme: Any = "light"
-    ) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    def go(latent: int | str | None = None, other: Page | None = None, width: int = 1280, scheme: Any = "light") -> Any:
+        path = file if other is None else tmp_path / "page.html"
+        if other is not None:
+            write_page(other, path)
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(10_000)
@@ -535,10 +530,8 @@ def test_a_branch_opens_and_closes(visit):
     assert page.locator("#rows li").count() == roots
 
 
-def test_what_looks_like_html_is_text(visit, tmp_path):
-    path = tmp_path / "page.html"
-    write_page(hostile(), path)
-    for page in (visit(path=path), visit(20, path)):
+def test_what_looks_like_html_is_text(visit):
+    for page in (visit(None, hostile()), visit(20, hostile())):
         assert ATTACK in page.locator("main").inner_text()
         for summary in page.locator("summary").all()[:1]:
             summary.click()
@@ -553,7 +546,7 @@ def test_what_looks_like_html_is_text(visit, tmp_path):
 
 @pytest.mark.parametrize("latent", [None, 0, 61])
 def test_a_phone_does_not_scroll_sideways(visit, latent):
-    page = visit(latent, width=390, height=844)
+    page = visit(latent, width=390)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.locator("#list").is_hidden()
     page.locator("#unfold").click()
@@ -574,8 +567,7 @@ def test_the_background_follows_the_colour_scheme(visit, scheme):
     assert (ground < 60, ink > 180) == (scheme == "dark", scheme == "dark")
 
 
-def test_features_with_names_stand_apart(visit, tmp_path):
-    path = tmp_path / "page.html"
+def test_features_with_names_stand_apart(visit):
     page = replace(
         example(),
         joined=False,
@@ -585,19 +577,17 @@ def test_features_with_names_stand_apart(visit, tmp_path):
         promoted=None,
         suppressed=None,
     )
-    write_page(page, path)
-    shown = visit(5, path)
+    shown = visit(5, page)
     assert shown.locator(".contexts .token").all_inner_texts() == ["feature 3", "feature 31", "feature 7"]
     assert shown.get_by_role("heading", name="Promotes").count() == 0
     ask(shown, "feature 31")
     assert [text.split()[1] for text in shown.locator("#results li a").all_inner_texts()] == ["#5"]
 
 
-def test_without_a_forest_the_levels_are_listed(visit, tmp_path):
-    path, hierarchy = tmp_path / "page.html", example().hierarchy
+def test_without_a_forest_the_levels_are_listed(visit):
+    hierarchy = example().hierarchy
     none = replace(hierarchy.edges, passed={key: np.zeros_like(hierarchy.edges.survives) for key in LINES})
-    write_page(replace(example(), hierarchy=replace(hierarchy, edges=none), contexts=lambda latent: []), path)
-    page = visit(path=path)
+    page = visit(None, replace(example(), hierarchy=replace(hierarchy, edges=none), contexts=lambda latent: []))
     assert page.locator("#tab-levels").get_attribute("aria-pressed") == "true"
     page.locator("#rows a").first.click()
     page.locator("main h1 .number").wait_for()

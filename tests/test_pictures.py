@@ -10,7 +10,7 @@ from torch import Tensor
 
 from msae.evaluation.matching import cosines, match
 from msae.evaluation.pictures import activations_side_by_side, decoder_against_truth, lines, rows_to_show, tree_order
-from msae.sae import SparseCode
+from tests.test_firings import code_of
 
 # Feature 0 stands alone, 1 is the root of 3 and 5, 3 that of 4; 2 is the root of 6
 PARENT = torch.tensor([-1, -1, -1, 1, 3, 1, 2])
@@ -82,12 +82,6 @@ def example_activations() -> Tensor:
             feature = int(PARENT[feature])
     activations[28] = 2.0
     return activations
-
-
-def code_of(dense: Tensor) -> SparseCode:
-    row, latent = dense.nonzero(as_tuple=True)
-    offsets = torch.searchsorted(row, torch.arange(len(dense) + 1))
-    return SparseCode(offsets, latent, dense[row, latent], dense.shape[1])
 
 
 def test_rows_show_each_feature_with_few_others() -> None:

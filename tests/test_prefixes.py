@@ -63,17 +63,6 @@ def test_random_prefixes_increase_and_end_at_the_width() -> None:
     assert pareto_prefixes(1, 1, generator) == [1]
 
 
-def test_random_prefixes_are_drawn_as_often_as_their_density_says() -> None:
-    generator, n = torch.Generator().manual_seed(0), 4000
-    counts = torch.zeros(10)
-    for _ in range(n):
-        counts[pareto_prefixes(10, 2, generator)[0]] += 1
-    expected = torch.arange(10).sqrt().diff() / 3  # m^½ − (m−1)^½ of 1 … 9, which sum to √9
-    assert ((counts[1:] / n - expected).abs() < 4 * (expected / n).sqrt()).all()
-    first = [pareto_prefixes(100, 5, torch.Generator().manual_seed(7)) for _ in range(2)]
-    assert first[0] == first[1]
-
-
 @pytest.mark.parametrize("n", [0, -1, 17])
 def test_an_impossible_number_of_random_prefixes_is_refused(n) -> None:
     with pytest.raises(ValueError, match=rf"^model\.sampling\.n_prefixes={n} must lie between 1 and d_sae=16$"):

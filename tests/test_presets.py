@@ -1,9 +1,7 @@
 """The published recipes as presets: each composes with every experiment, trains, exports, resumes bit for bit."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from omegaconf import OmegaConf
 from msae import train
 from msae.cli.command import compose, config_dir
 from msae.runs import Run, flat
-from tests.commands import TREE
+from tests.commands import ENVIRONMENT, SHORT, TREE, metrics_of
 from tests.training import adam_state, differing
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -38,11 +36,10 @@ def test_the_experiment_alone_is_the_papers_recipe():
 
 
 @presets
-def test_a_preset_trains_exports_and_resumes_bit_for_bit(preset, call):
-    short = ["tokens=5000", "checkpoint_every_steps=15", "trainer.log_every_n_steps=5", "trainer.val_check_interval=10"]
-    command, run = [*TREE, *short, f"preset={preset}", "run_dir=run"], Run("run")
-    assert call(train, *command)[0] == 0
-    metrics = json.loads(run.metrics_file.read_text())
+def test_a_preset_trains_exports_and_resumes_bit_for_bit(preset, done):
+    command = [*TREE, *SHORT, "checkpoint_every_steps=15", f"preset={preset}", "run_dir=run"]
+    done(train, *command)
+    run, metrics = Run("run"), metrics_of("run")
     width = max(int(key.split("/p")[1]) for key in metrics if key.startswith("val/fvu/p"))
     assert 0 < metrics[f"val/l0/p{width}"] < 32
     sae, state = run.load_sae(), torch.load(run.last_checkpoint, weights_only=True)
@@ -51,7 +48,7 @@ def test_a_preset_trains_exports_and_resumes_bit_for_bit(preset, call):
 
     earlier = min(run.checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     assert torch.load(earlier, weights_only=True)["global_step"] < state["global_step"]
-    assert call(train, *command, f"ckpt_path={earlier}")[0] == 0
+    done(train, *command, f"ckpt_path={earlier}")
     assert differing(dict(run.load_sae().state_dict()), dict(sae.state_dict())) == []
     resumed = torch.load(run.last_checkpoint, weights_only=True)
     assert differing(resumed["state_dict"], state["state_dict"]) == []
@@ -60,27 +57,20 @@ def test_a_preset_trains_exports_and_resumes_bit_for_bit(preset, call):
 
 TWO_RANKS = """
 import os, sys, warnings
-import lightning as L, torch
+import torch
 from torch.utils.data import DataLoader
 from msae.cli.command import compose, plain
-from msae.training.module import MatryoshkaTraining
+from tests.training import module_of, trainer_of
 
 warnings.simplefilter("ignore")
-
-class Save(L.Callback):
-    def on_train_end(self, trainer, module):
-        torch.save(module.state_dict(), os.path.join(sys.argv[1], f"rank{trainer.global_rank}.pt"))
-
 recipe = plain(compose("train", [f"preset={sys.argv[2]}"]).model)
-module = MatryoshkaTraining({"": recipe | {"d_in": 8, "d_sae": 24, "prefixes": [4, 24], "k": 3}})
+module = module_of(**recipe | {"d_in": 8, "d_sae": 24, "prefixes": [4, 24], "k": 3})
 rank = int(os.environ.get("LOCAL_RANK", 0))
 data = list(torch.randn(12, 32, 8, generator=torch.Generator().manual_seed(rank)) * (1 + rank))
 first_batch = torch.randn(64, 8, generator=torch.Generator().manual_seed(9))
 module.step().start_from((torch.zeros(8), 20.0), first_batch=first_batch)
-L.Trainer(
-    accelerator="cpu", devices=2, strategy="ddp", max_steps=12, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, callbacks=[Save()],
-).fit(module, DataLoader(data, batch_size=None))
+trainer_of(12, devices=2, strategy="ddp").fit(module, DataLoader(data, batch_size=None))
+torch.save(module.state_dict(), os.path.join(sys.argv[1], f"rank{rank}.pt"))
 """
 
 
@@ -88,7 +78,7 @@ L.Trainer(
 def test_two_ranks_with_other_batches_keep_one_sae(preset, tmp_path):
     (tmp_path / "script.py").write_text(TWO_RANKS)
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), preset]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     a, b = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     of_each = ["steps.0.sae.threshold", "steps.0.sae.threshold_ema"]  # BatchTopK selects on each device

@@ -87,7 +87,7 @@ def test_bussmann_loss_and_gradients(dead, dtype) -> None:
     w = double(module.sae)
     expected, acts = bussmann(w, x, mask)
     loss = loss_of(module, x, mask)
-    assert (acts > 0).sum() == (loss.acts > 0).sum() == K * BATCH
+    assert (acts > 0).sum() == (loss.code.dense() > 0).sum() == K * BATCH
     assert_same_loss(loss, module.sae, expected, w)
 
 

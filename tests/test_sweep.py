@@ -7,25 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from msae import train
 from msae.cli.command import command, config_dir, job_directory
 from msae.cli.sweep import asked, difference, force, own_command_line
 from msae.cli.table import read_jobs
-from msae.files import lock
-from msae.runs import Run, claim, new_run
+from msae.runs import Run, new_run
 from msae.training.settings import Train
-from tests.commands import TREE
-
-REPOSITORY = Path(__file__).parent.parent
+from tests.commands import ENVIRONMENT, TREE, same_weights, start, wait_for
 
 
 class Ran(NamedTuple):
@@ -71,40 +65,31 @@ hydra: {mode: MULTIRUN, callbacks: {sweep: {metrics: [loss, nowhere]}}, sweeper:
 
 
 @pytest.fixture
-def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(config_dir("conf"), tmp_path / "conf")
-    (tmp_path / "conf" / "sweeps").mkdir()
+def conf(elsewhere, tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    conf = shutil.copytree(config_dir("conf"), tmp_path_factory.mktemp("configurations") / "conf")
+    (conf / "sweeps").mkdir()
     for name, text in SWEEPS.items():
-        (tmp_path / "conf" / "sweeps" / f"{name}.yaml").write_text(text)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+        (conf / "sweeps" / f"{name}.yaml").write_text(text)
     monkeypatch.setenv("MSAE_RUN_DIR", "")
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    RAN.clear()
-    return tmp_path / "conf"
+    return conf
 
 
 class Result(NamedTuple):
-    """Of a command line: its exit code, or the line that it ends with, and what it printed."""
+    """Of a command line."""
 
-    code: int | str
+    code: int
     out: str
     err: str
 
 
 @pytest.fixture
-def run(conf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def run(call, conf: Path):
     """Runs `main` as a command line, with what `RAN` had before forgotten."""
 
     def of(*arguments: str) -> Result:
         RAN.clear()
-        monkeypatch.setattr(sys, "argv", ["train.py", "-cp", str(conf), *arguments])
-        code: int | str = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return Result(code, *capsys.readouterr())
+        return Result(*call(sys.modules[__name__], "-cp", str(conf), *arguments))
 
     return of
 
@@ -124,10 +109,10 @@ def test_one_job_fails_and_the_others_finish(run) -> None:
     assert " fvu " in out
     with (sweep / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["job"] for row in rows] == ["0", "1", "2", "3"]
-    assert [row["model"] for row in rows] == ["matryoshka", "matryoshka", "vanilla", "vanilla"]
-    assert [row["model.k"] for row in rows] == ["4", "13", "4", "13"]
-    assert [row["val/fvu/p20"] for row in rows] == ["0.4", "", "0.4", ""]
+    assert [[row[key] for key in ("job", "model", "model.k", "val/fvu/p20")] for row in rows] == [
+        *(["0", "matryoshka", "4", "0.4"], ["1", "matryoshka", "13", ""]),
+        *(["2", "vanilla", "4", "0.4"], ["3", "vanilla", "13", ""]),
+    ]
     assert [bool(row["error"]) for row in rows] == [False, True, False, True]
     assert "sweeps" not in rows[0]  # does not vary
     assert [p.name for p in Path().iterdir()] == ["runs"]
@@ -161,9 +146,7 @@ def test_an_unknown_key_fails_every_job(run) -> None:
 
 
 def test_a_sweep_that_cannot_be_composed_leaves_nothing(run) -> None:
-    assert str(run("-m", "model=matryoshka,vanila").code).startswith(
-        "error: no model named vanila; did you mean model=vanilla?"
-    )
+    assert "error: no model named vanila; did you mean model=vanilla?" in run("-m", "model=matryoshka,vanila").err
     assert not list(Path("runs/sweeps").iterdir())
 
 
@@ -256,14 +239,8 @@ def test_changed_settings_are_not_reused(run, conf) -> None:
 
 
 def test_another_question_has_another_directory(run) -> None:
-    for arguments in (
-        ["seed=0,1"],
-        ["seed=0,1,2"],
-        ["seed=0,1", "tokens=7"],
-        ["+sweeps=loss"],
-        ["+sweeps=loss", "seed=0"],
-    ):
-        assert run("-m", *arguments).code == 0
+    for arguments in ("seed=0,1", "seed=0,1,2", "seed=0,1 tokens=7", "+sweeps=loss", "+sweeps=loss seed=0"):
+        assert run("-m", *arguments.split()).code == 0
     names = {path.name for path in Path("runs/sweeps").iterdir()}
     assert len(names) == 5
     assert all(name.startswith("tree-") and len(name) == len("tree-") + 8 for name in names)
@@ -273,15 +250,13 @@ def test_what_enters_the_name_of_a_sweep() -> None:
     def hydra(*task: str) -> dict:
         return {"overrides": {"task": list(task)}, "sweeper": {"params": None}}
 
-    config = OmegaConf.create(
-        {"seed": 0, "runs": "a", "data": {"root": "b", "prefetch": 4}, "hydra": hydra("++runs=a")}
-    )
-    other = OmegaConf.create({"seed": 0, "runs": "c", "data": {"root": "d", "prefetch": 9}, "hydra": hydra()})
-    assert asked(config) == asked(other)
-    for changed in (OmegaConf.merge(other, {"seed": 1}), OmegaConf.merge(other, {"hydra": hydra("seed=0")})):
-        assert asked(changed) != asked(other)
-    assert asked(OmegaConf.merge(other, {"hydra": hydra("data.prefetch=1,2")})) != asked(other)  # it varies
-    assert asked(OmegaConf.merge(other, {"hydra": {"sweeper": {"params": {"seed": "0,1"}}}})) != asked(other)
+    config = OmegaConf.create({"seed": 0, "runs": "a", "data": {"root": "b", "prefetch": 4}, "hydra": hydra()})
+    places = {"runs": "c", "data": {"root": "d", "prefetch": 9}, "hydra": hydra("++runs=c")}
+    assert asked(OmegaConf.merge(config, places)) == asked(config)
+    params = {"sweeper": {"params": {"seed": "0,1"}}}
+    varies = hydra("data.prefetch=1,2")
+    for change in ({"seed": 1}, {"hydra": hydra("seed=0")}, {"hydra": varies}, {"hydra": params}):
+        assert asked(OmegaConf.merge(config, change)) != asked(config)
 
 
 def test_a_directory_of_something_else_is_left_alone(run) -> None:
@@ -289,15 +264,15 @@ def test_a_directory_of_something_else_is_left_alone(run) -> None:
         assert run("-m", "hydra.sweep.dir=mine", "seed=1,2").code == 0
         assert len(RAN) == jobs
     before = sorted(Path("mine").rglob("*"))
-    code = run("-m", "hydra.sweep.dir=mine", "seed=1,2,3").code
-    assert code == "error: mine is of another sweep, see its asked.json; give another hydra.sweep.dir"
+    err = run("-m", "hydra.sweep.dir=mine", "seed=1,2,3").err
+    assert err == "error: mine is of another sweep, see its asked.json; give another hydra.sweep.dir\n"
     assert sorted(Path("mine").rglob("*")) == before
     Path("yours").mkdir()
     Path("yours/file").write_text("")
-    code = run("-m", "hydra.sweep.dir=yours", "seed=1,2").code
-    assert code == "error: yours is not empty and no sweep's; give another hydra.sweep.dir"
+    err = run("-m", "hydra.sweep.dir=yours", "seed=1,2").err
+    assert err == "error: yours is not empty and no sweep's; give another hydra.sweep.dir\n"
     Path("runs").write_text("a file")
-    assert "Not a directory" in str(run("-m", "seed=1,2").code)
+    assert "Not a directory" in run("-m", "seed=1,2").err
 
 
 def test_two_processes_do_not_share_a_sweep(run) -> None:
@@ -307,28 +282,10 @@ def test_two_processes_do_not_share_a_sweep(run) -> None:
     with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        code = run("-m", "model.k=4,5").code
+        err = run("-m", "model.k=4,5").err
         process.communicate(b"\n")
-    assert code == f"error: another process runs the sweep in {only_sweep()}; wait for it, or stop it first"
+    assert err == f"error: another process runs the sweep in {only_sweep()}; wait for it, or stop it first\n"
     assert run("-m", "model.k=4,5").code == 0
-
-
-def test_a_job_that_outlived_its_sweep_is_waited_for(tmp_path, capsys) -> None:
-    entered, released = threading.Event(), []
-
-    def orphan() -> None:
-        with FileLock(tmp_path / ".lock"):
-            entered.set()
-            time.sleep(0.3)
-            released.append(True)
-
-    thread = threading.Thread(target=orphan)
-    thread.start()
-    entered.wait()
-    lock(tmp_path, "waiting for it", wait=True).release()
-    assert released
-    thread.join()
-    assert capsys.readouterr().err == "waiting for it\n"
 
 
 def test_a_checkpoint_is_not_for_the_jobs_of_a_sweep(run) -> None:
@@ -338,68 +295,34 @@ def test_a_checkpoint_is_not_for_the_jobs_of_a_sweep(run) -> None:
 
 
 def test_a_wrong_key_of_the_figure_is_one_line(run) -> None:
-    code = run("-m", "seed=1", "+hydra.callbacks.sweep.figure={y:1}").code
-    assert code == "error: hydra.callbacks.sweep.figure has y; it needs x and may have by, metrics, log_x"
+    err = run("-m", "seed=1", "+hydra.callbacks.sweep.figure={y:1}").err
+    assert err == "error: hydra.callbacks.sweep.figure has y; it needs x and may have by, metrics, log_x\n"
 
 
-def test_difference(tmp_path: Path) -> None:
-    cfg = OmegaConf.create({"a": {"b": 1e-2, "c": [1, "${d}"]}, "d": None, "runs": "x"})
-    OmegaConf.save(cfg, tmp_path / "config.yaml", resolve=True)
-
-    def other(changes: dict) -> str | None:
-        merged = OmegaConf.merge(cfg, changes)
-        assert isinstance(merged, DictConfig)
-        return difference(Run(tmp_path), merged)
-
-    assert other({}) is other({"runs": "y"}) is None
-    assert other({"a": {"b": 2}}) == "a.b was 0.01, is 2"
-    assert other({"d": "${nowhere}"}) is not None
-    assert difference(Run(tmp_path / "none"), cfg) == "it has no config.yaml"
+def test_a_setting_that_cannot_be_resolved_is_a_difference(tmp_path: Path) -> None:
+    Run(tmp_path).write_config({"a": 1})
+    assert difference(Run(tmp_path), OmegaConf.create({"a": 1, "runs": "elsewhere"})) is None
+    assert "nowhere" in (difference(Run(tmp_path), OmegaConf.create({"a": "${nowhere}"})) or "")
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(done) -> None:
     arguments = ["-m", "seed=0,1", *TREE, "tokens=60_000", "checkpoint_every_steps=50"]
-
-    def wait_for(pattern: str, process: subprocess.Popen[bytes]) -> None:
-        while not list(Path("runs").glob(pattern)):
-            assert process.poll() is None
-            time.sleep(0.02)
-
-    def sweep(*more: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["train", *arguments, *more])
-        try:
-            train.main()
-        except SystemExit as ex:
-            print(ex.code)
-            return 1
-        return 0
-
-    assert sweep("runs=whole") == 0
-    with subprocess.Popen([sys.executable, "-m", "msae.train", *arguments], stderr=subprocess.PIPE) as process:
-        wait_for("sweeps/*/0/overrides.json", process)
-        capsys.readouterr()
-        assert sweep() == 1
-        error = f"error: another process runs the sweep in {only_sweep()}; wait for it, or stop it first\n"
-        assert capsys.readouterr().out == error
-        wait_for("sweeps/*/1/checkpoints/last.ckpt", process)
+    done(train, *arguments, "runs=whole")
+    with start(*arguments) as process:
+        wait_for("runs/sweeps/*/1/checkpoints/last.ckpt", process)
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 143
     assert [job.error is None for job in read_jobs(only_sweep())] == [True, False]
-    assert sweep() == 0
-    out = capsys.readouterr().out
+    out, _ = done(train, *arguments)
     assert "there already" in out
     assert "goes on from its last checkpoint" in out
     (whole,) = Path("whole/sweeps").iterdir()
     assert whole.name == only_sweep().name  # where it lies does not matter
     for ours, theirs in zip(read_jobs(only_sweep()), read_jobs(whole), strict=True):
         assert {**ours.metrics, "seconds": 0} == {**theirs.metrics, "seconds": 0}
-        weights = [root / ours.name / "sae" / "sae_weights.safetensors" for root in (only_sweep(), whole)]
-        assert weights[0].read_bytes() == weights[1].read_bytes()
+        same_weights(only_sweep() / ours.name, whole / ours.name)
 
 
 def test_ddp_would_restart_one_job_and_not_the_sweep(run, conf, monkeypatch) -> None:
@@ -408,7 +331,7 @@ def test_ddp_would_restart_one_job_and_not_the_sweep(run, conf, monkeypatch) -> 
     assert run("-m", "model.k=4,5").code == 0
     arguments = [json.loads((only_sweep() / str(n) / "argv.json").read_text()) for n in range(2)]
     assert arguments[1] == ["-cp", str(conf), "++model.k=5", "hydra.mode=RUN"]
-    assert sys.argv == ["train.py", "-cp", str(conf), "-m", "++model.k=4,5"]
+    assert sys.argv[1:] == ["-cp", str(conf), "-m", "++model.k=4,5"]
     assert "LOCAL_RANK" not in os.environ
     with pytest.raises(ZeroDivisionError), own_command_line([]):
         os.environ["LOCAL_RANK"] = str(1 // 0)
@@ -420,30 +343,16 @@ def test_jobs_in_other_processes(conf) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     arguments = ["-cp", str(conf), "+sweeps=k", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     command = [sys.executable, "-c", "import tests.test_sweep as t; t.main()", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.endswith(f"error: 2 of 4 jobs failed; see {only_sweep()}/summary.csv\n")
     assert [job.error is None for job in read_jobs(only_sweep())] == [True, False, True, False]
 
 
-def test_claim_never_gives_the_same_directory_twice(tmp_path: Path) -> None:
-    assert [claim(tmp_path / "a" / "b").name for _ in range(3)] == ["b", "b-2", "b-3"]
-
-
-@pytest.mark.parametrize(
-    ("given", "forced"),
-    [
-        ("model.lr=1", "++model.lr=1"),
-        ("seed=0,1", "++seed=0,1"),
-        ("model=vanilla", "model=vanilla"),
-        ("+experiment=a", "+experiment=a"),
-        ("++model.lr=1", "++model.lr=1"),
-        ("~model.lr", "~model.lr"),
-        ("hydra.mode=RUN", "hydra.mode=RUN"),
-        ("hydra/launcher=joblib", "hydra/launcher=joblib"),
-        ("--config-name=train", "--config-name=train"),
-    ],
-)
-def test_force(given: str, forced: str) -> None:
-    assert force(given, {"model", "experiment"}) == forced
+def test_force() -> None:
+    """What is a key is forced; groups, flags, and what has a sign already, are not."""
+    groups = {"model", "experiment"}
+    assert [force(key, groups) for key in ("model.lr=1", "seed=0,1")] == ["++model.lr=1", "++seed=0,1"]
+    signed = ["+experiment=a", "++model.lr=1", "~model.lr"]
+    for given in ("model=vanilla", *signed, "hydra.mode=RUN", "hydra/launcher=joblib", "--config-name=train"):
+        assert force(given, groups) == given

@@ -1,7 +1,6 @@
 """Documents: where they come from, and what identifies them."""
 
 import http.server
-import json
 import threading
 import time
 
@@ -22,16 +21,15 @@ def no_hub(monkeypatch, tmp_path):
 def test_each_format_gives_the_documents_of_its_column(tmp_path, suffix):
     datasets.disable_progress_bars()
     rows = [{"text": "one\ntwo", "n": 1}, {"text": "", "n": 2}, {"text": "three", "n": 3}]
-    path = tmp_path / f"some [1] {suffix[1:]}"
-    path.mkdir()
+    dataset, directory = datasets.Dataset.from_list(rows), tmp_path / f"some [1] {suffix[1:]}"
+    directory.mkdir()
+    path = directory / f"texts{suffix}"
     if suffix == ".arrow":
-        datasets.Dataset.from_list(rows).save_to_disk(path)
+        dataset.save_to_disk(path := directory)
+    elif suffix == ".parquet":
+        dataset.to_parquet(path)
     else:
-        path /= f"texts{suffix}"
-    if suffix == ".parquet":
-        datasets.Dataset.from_list(rows).to_parquet(path)
-    elif suffix != ".arrow":
-        path.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
+        dataset.to_json(path, lines=suffix == ".jsonl")
     assert list(documents(str(path))) == ["one\ntwo", "", "three"]
     assert list(documents(str(path), skip=1)) == ["", "three"]
     with pytest.raises(ValueError, match=r"no field 'txt'.*text_field=text$"):

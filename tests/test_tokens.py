@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -21,27 +22,17 @@ def run(texts, tokenizer=TOKENIZER, state=None, **settings):
 
 
 def train_of(chunks):
-    return torch.cat([c.train for c in chunks])
+    return torch.cat([chunk.train for chunk in chunks])
 
 
 def val_of(chunks):
-    return torch.cat([c.val for c in chunks])
+    return torch.cat([chunk.val for chunk in chunks])
 
 
-@pytest.mark.parametrize(
-    ("tokens", "special", "attention", "kept"),
-    [
-        ([0, 5, 6, 0, 7, 9, 9], [0, 9], None, [False, True, True, False, True, False, False]),
-        ([9, 9, 0, 5, 6, 0, 7], [0, 9], None, [False, False, False, True, True, False, True]),
-        ([5, 6, 7], [0, 9], None, [True, True, True]),
-        ([5, 6, 7], [], None, [True, True, True]),
-        ([5, 6, 7], [0], [0, 1, 1], [False, True, True]),  # padding that looks like text
-        ([5, 0, 0], [0], [1, 1, 0], [True, False, False]),  # padding is EOS
-    ],
-)
-def test_keep_mask_is_by_id_never_by_position(tokens, special, attention, kept):
-    mask = None if attention is None else torch.tensor([attention])
-    assert keep_mask(torch.tensor([tokens]), special, mask).tolist() == [kept]
+def test_keep_mask_is_by_id_never_by_position():
+    tokens = torch.tensor([[0, 5, 6, 0, 7, 9, 9], [9, 9, 0, 5, 6, 0, 7], [5, 6, 7, 5, 6, 7, 5]])
+    assert torch.equal(keep_mask(tokens, [9, 0]), (tokens > 0) & (tokens < 9))
+    assert keep_mask(tokens, []).all()
 
 
 def test_special_ids_have_added_tokens_too():
@@ -93,8 +84,6 @@ def test_empty_documents_are_passed_over():
     texts = sentences(30)
     sparse = [t for text in texts for t in (text, "", "")]
     assert torch.equal(train_of(run(texts, val_fraction=0)), train_of(run(sparse, val_fraction=0)))
-    lengths = [len(ids) for ids in tokenised(sparse[:6], TOKENIZER, batch_characters=100)]
-    assert [n > 0 for n in lengths] == [True, False, False] * 2
 
 
 # ---- splits, ends and resuming
@@ -145,15 +134,13 @@ def test_a_text_that_ends_early_gives_a_smaller_last_chunk():
 @pytest.mark.parametrize("batch_characters", [200, 1 << 20])
 def test_resuming_gives_the_same_sequences(monkeypatch, batch_characters):
     monkeypatch.setattr(tokens_module.tokenised, "__defaults__", (batch_characters,))
-    texts = [*sentences(80, high=10), "the cat sat " * 500, *sentences(80, seed=1)]
+    texts = [*sentences(80, high=10), "the cat sat " * 500, *(t for s in sentences(80, seed=1) for t in (s, "", ""))]
     whole = run(texts, tokens=3000, val_tokens=100)
     assert len(whole) > 20
     for done, chunk in enumerate(whole[:-1], start=1):
         rest = run(texts, tokens=3000, val_tokens=100, state=json.loads(json.dumps(chunk.state)))
-        assert [c.state for c in rest] == [c.state for c in whole[done:]]
         for a, b in zip(rest, whole[done:], strict=True):
-            assert torch.equal(a.train, b.train)
-            assert torch.equal(a.val, b.val)
+            torch.testing.assert_close(astuple(a), astuple(b), rtol=0, atol=0)
 
 
 def test_too_little_text_is_refused():

@@ -201,8 +201,7 @@ def test_checkpoints_load_safely_with_their_recipe(root, tmp_path):
     again = MatryoshkaTraining.load_from_checkpoint(run.last_checkpoint, weights_only=True)
     assert differing(module.state_dict(), again.state_dict()) == []
     assert again.step().recipe == module.step().recipe
-    names = {"last.ckpt", "previous.ckpt", "best.ckpt"}
-    assert {path.name for path in run.checkpoints.iterdir()} == names
+    assert {path.name for path in run.checkpoints.iterdir()} == {"last.ckpt", "previous.ckpt", "best.ckpt"}
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -213,33 +212,6 @@ def test_a_checkpoint_of_a_diverged_run_is_refused(root, tmp_path, bias):
 
 
 # --- what a step does -------------------------------------------------------------------------------------------------
-
-
-def test_decoder_rows_have_unit_norm_and_no_parallel_gradient(root, tmp_path):
-    before, norms, parallels = [], [], []
-
-    def after(trainer, module, optimizer):  # before the next step's gradients: nothing touched them since
-        W_dec = module.sae.W_dec
-        norms.append(float((W_dec.detach().norm(dim=1) - 1).abs().max()))
-        if W_dec.grad is not None:
-            parallels.append(float((W_dec.grad * before[-1]).sum(1).abs().max()))
-
-    remember = At("on_before_optimizer_step", lambda _, module, __: before.append(module.sae.W_dec.detach().clone()))
-    fit(root, tmp_path, steps=20, callbacks=[remember, At("on_before_zero_grad", after)])
-    assert (len(norms), len(parallels)) == (20, 18)
-    assert max(norms) < 1e-6
-    assert max(parallels) < 1e-6
-
-
-def test_gradients_are_clipped(root, tmp_path):
-    norms = []
-
-    def measure(trainer, module, optimizer):
-        of_each = [p.grad.norm() for p in module.parameters() if p.grad is not None]
-        norms.append(float(torch.tensor(of_each).norm()))
-
-    fit(root, tmp_path, steps=10, callbacks=[At("on_before_zero_grad", measure)], adam={"grad_clip": 1e-3})
-    assert 0 < max(norms) <= 1e-3 * 1.001
 
 
 def test_silence_is_counted_in_tokens(root, tmp_path):
@@ -340,33 +312,17 @@ def test_tensorboard_has_every_prefix_and_logs_only_when_due(root, tmp_path, mon
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
-EVERY = {"sampling": {"kind": "every"}}
+EVERY, TOPK = {"sampling": {"kind": "every"}}, {"sparsity": "topk", "k": 2}
 IMPOSSIBLE: dict[str, dict[str, Any]] = {
-    "schedule.decay_start": {"schedule": {"decay_start": 1.5}},
-    "schedule.decay_end": {"schedule": {"decay_end": -0.1}},
-    "schedule.warmup_start": {"schedule": {"warmup_start": 2}},
-    "lr": {"lr": 0.0},
-    "adam.grad_clip": {"adam": {"grad_clip": -1.0}},
-    "threshold_rate": {"threshold_rate": 1.1},
-    "resort_rate": {"resort_rate": -1},
-    "penalty.control": {"penalty": {"control": 3.0}},
-    "sparsity.bandwidth": {"sparsity": {"name": "jumprelu", "bandwidth": 0}},
-    "dead.after_steps": {"dead": {"after_steps": 0}},
     "init.decoder_norm": {"init": {"decoder_norm": 0.1}},
-    "objective.balance": {"objective": {"balance": -1}},
     "objective.reduction": {"objective": {"reduction": [1.0]}},
     "k": {"sparsity": "topk"},
     "sampling.n_prefixes": {"sampling": {"n_prefixes": 21, "kind": "random"}},
     "sampling.kind=every knows neither objective.stop_gradient": {**EVERY, "objective": {"stop_gradient": True}},
     "sampling.kind=every knows neither": {**EVERY, "objective": {"aux": {"per_level": True}}},
-    "sparsity=topk with model.decoder=free": {"sparsity": "topk", "k": 2, "decoder": "free"},
-    "sparsity=topk with model.decoder=unit_norm_before_step": {
-        **{"sparsity": "topk", "k": 2, "decoder": "unit_norm_before_step"}
-    },
-    **{
-        f"fading.between={between}": {"fading": {"between": between}}
-        for between in ([0.6, 0.4], [0.5], [-0.1, 0.5], [0.5, 1.5])
-    },
+    "sparsity=topk with model.decoder=free": {**TOPK, "decoder": "free"},
+    "sparsity=topk with model.decoder=unit_norm_before_step": {**TOPK, "decoder": "unit_norm_before_step"},
+    "fading.between=[0.6, 0.4]": {"fading": {"between": [0.6, 0.4]}},
 }
 
 
@@ -403,7 +359,7 @@ def test_the_learning_rate_warms_up_and_decays_by_step(root, tmp_path):
     assert rates == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 8 + [1 - i / 10 for i in range(1, 10)])
 
 
-HALF = 0.5**0.5
+HALF, COSINE = 0.5**0.5, {"warmup_steps": 4, "warmup_start": 0.1, "warmup_shape": "cosine"}
 
 
 @pytest.mark.parametrize(
@@ -411,14 +367,8 @@ HALF = 0.5**0.5
     [
         ({"warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0]),
         ({"warmup_steps": 4, "warmup_start": 0.2}, [0.2, 0.4, 0.6, 0.8, 1.0]),
-        (
-            {"warmup_steps": 4, "warmup_start": 0.1, "warmup_shape": "cosine"},
-            [0.1 + 0.9 * (1 - c) / 2 for c in (1, HALF, 0, -HALF, -1)],
-        ),
-        (
-            {"warmup_steps": 0, "decay_start": 0.5, "decay_end": 0.1},
-            [1.0] * 6 + [0.1 + 0.9 * share for share in (0.8, 0.6, 0.4, 0.2)],
-        ),
+        (COSINE, [0.1 + 0.9 * (1 - c) / 2 for c in (1, HALF, 0, -HALF, -1)]),
+        ({"warmup_steps": 0, "decay_start": 0.5, "decay_end": 0.1}, [1.0] * 6 + [0.82, 0.64, 0.46, 0.28]),
         ({"warmup_steps": 1000}, [1 / 3, 2 / 3, 1]),  # a warm-up fits the run
     ],
     ids=str,

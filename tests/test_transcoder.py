@@ -1,8 +1,5 @@
 """A transcoder from the command line: one hook in, another out, from harvest to export."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,7 +7,7 @@ from msae import train
 from msae.data.activations import Activations, Data
 from msae.runs import open_run
 from msae.settings import decode
-from tests.commands import one_line
+from tests.commands import metrics_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 LONGER = ["tokens=40_000", "trainer.val_check_interval=100", "model.lr=1e-2"]
@@ -21,11 +18,10 @@ def hooks(source: str, target: str) -> list[str]:
 
 
 @pytest.mark.parametrize("normalise", ["unit_variance", "centred"])
-def test_a_transcoder_is_trained_evaluated_and_exported(call, lm, normalise):
+def test_a_transcoder_is_trained_evaluated_and_exported(done, lm, normalise):
     source, target = "blocks.1.hook_resid_mid", "blocks.1.mlp.hook_pre"  # 32 wide and 128 wide
-    code, _, err = call(train, *lm, *LONGER, *hooks(source, target), f"model.normalise={normalise}")
-    assert code == 0, err
-    run, metrics = open_run("run"), json.loads(Path("run/metrics.json").read_text())
+    done(train, *lm, *LONGER, *hooks(source, target), f"model.normalise={normalise}")
+    run, metrics = open_run("run"), metrics_of("run")
     sae = run.load_sae()
     assert (sae.d_in, sae.d_out, sae.is_transcoder, sae.apply_b_dec_to_input) == (32, 128, True, False)
     assert (sae.metadata["hook_name"], sae.metadata["hook_name_out"]) == (source, target)
@@ -41,14 +37,11 @@ def test_a_transcoder_is_trained_evaluated_and_exported(call, lm, normalise):
     assert error < 0.9
 
 
-def test_a_target_before_the_input_loses_the_cross_entropy_alone(call, lm):
-    code, _, err = call(train, *lm, *hooks("blocks.1.hook_resid_post", "blocks.0.hook_resid_pre"), "tokens=2000")
-    assert code == 0, err
+def test_a_target_before_the_input_loses_the_cross_entropy_alone(done, lm):
+    _, err = done(train, *lm, *hooks("blocks.1.hook_resid_post", "blocks.0.hook_resid_pre"), "tokens=2000")
     assert "no cross-entropy: blocks.0.hook_resid_pre is computed before" in err
-    assert "val/fvu/p64" in json.loads(Path("run/metrics.json").read_text())
+    assert "val/fvu/p64" in metrics_of("run")
 
 
-def test_a_target_that_is_not_harvested_is_one_line(call, lm):
-    code, _, err = call(train, *lm, "data.target_hook_name=x")
-    assert code == 1
-    assert one_line(err).startswith("error: data.target_hook_name=x is not among ")
+def test_a_target_that_is_not_harvested_is_one_line(refused, lm):
+    assert refused(train, *lm, "data.target_hook_name=x").startswith("error: data.target_hook_name=x is not among ")

@@ -12,13 +12,7 @@ from torch.nn.functional import normalize
 from msae.evaluation import truth
 from msae.evaluation.matching import Match, cosines, match
 from msae.evaluation.truth import truth_metrics
-from msae.sae import MatryoshkaSAE, SparseCode
-
-
-def code_of(dense: Tensor) -> SparseCode:
-    row, latent = dense.nonzero(as_tuple=True)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (dense != 0).sum(1).cumsum(0)])
-    return SparseCode(offsets, latent, dense[row, latent].float(), dense.shape[1])
+from tests.test_firings import code_of, sae_of
 
 
 class World(NamedTuple):
@@ -31,7 +25,7 @@ class World(NamedTuple):
     truth: dict[str, Tensor]
 
     def metrics(self, encoder: Tensor, decoder: Tensor, threshold: float = 0.1) -> dict[str, float]:
-        return truth_metrics(hand_made(encoder, decoder, threshold), self.x, self.truth)
+        return truth_metrics(sae_of(decoder, encoder, threshold=threshold), self.x, self.truth)
 
     def edges(self) -> list[tuple[int, int]]:
         return [(parent, child) for child, parent in enumerate(self.parent.tolist()) if parent >= 0]
@@ -63,17 +57,6 @@ def forest(parent: Tensor, oblique: bool = False, rows: int = 6000) -> World:
 TREE = forest(torch.tensor([-1] * 3 + [0] * 3 + [1] * 3 + [2] * 3 + [-1] * 8))
 # 2 roots, each with 2 children, each of which has 2; directions are oblique and of norm 1 to 2
 DEEP = forest(torch.tensor([-1, -1, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, -1, -1]), oblique=True)
-
-
-def hand_made(encoder: Tensor, decoder: Tensor, threshold: float = 0.1) -> MatryoshkaSAE:
-    """Latents fire where x · encoder row > threshold."""
-    n, d_in = decoder.shape
-    sae = MatryoshkaSAE(d_in, n, [n], 1)
-    with torch.no_grad():
-        sae.W_enc.copy_(encoder.T)
-        sae.W_dec.copy_(decoder)
-    sae.threshold.fill_(threshold)
-    return sae
 
 
 def perfect(world: World) -> tuple[Tensor, Tensor]:
@@ -158,7 +141,7 @@ def test_the_order_of_latents_and_of_features_does_not_matter(build) -> None:
     expected = TREE.metrics(encoder, decoder)
     for metrics in (
         TREE.metrics(encoder[order], decoder[order]),
-        truth_metrics(hand_made(encoder, decoder), TREE.x, reordered.truth),
+        truth_metrics(sae_of(decoder, encoder), TREE.x, reordered.truth),
     ):
         if build is absorbed:  # a child's latent is as near to the parent as to the child: rounding decides
             metrics["uniqueness"] = expected["uniqueness"]
@@ -183,7 +166,7 @@ def test_shrinkage_sees_activations_but_not_how_they_are_scaled(factor) -> None:
     metrics = DEEP.metrics(factor * encoder, decoder)
     assert {name: metrics[name] for name in EXACT} == pytest.approx(EXACT | {"shrinkage": factor}, abs=1e-5)
     assert DEEP.metrics(factor * encoder, decoder / factor)["shrinkage"] == pytest.approx(1, abs=1e-5)
-    scaled = hand_made(encoder, decoder)
+    scaled = sae_of(decoder, encoder)
     scaled.scale.fill_(factor)
     for scaled.rescale_acts_by_decoder_norm in (False, True):
         assert truth_metrics(scaled, DEEP.x, DEEP.truth)["shrinkage"] == pytest.approx(1, abs=1e-5)
@@ -246,14 +229,9 @@ def test_weak_firing_counts_in_l0_alone(leak, silent) -> None:
     assert metrics["l0_ratio"] > 1.01
 
 
-def test_the_floor_is_a_share_of_the_latents_own_maximum() -> None:
-    strong = code_of(torch.tensor([[1.0, 40.0], [0.06, 1.9], [0.04, 2.1], [0.0, 0.0]])).strong(0.05)
-    assert strong.dense().ne(0).tolist() == [[True, True], [True, False], [False, True], [False, False]]
-
-
 def test_later_rows_in_batches_with_a_sparse_matching(monkeypatch) -> None:
     """Rows from a later one on, in batches of any size, encoded in blocks that stay below the limit."""
-    sae, x = hand_made(*hedged(DEEP)), DEEP.x[2500:]
+    sae, x = sae_of(*hedged(DEEP)[::-1]), DEEP.x[2500:]
     expected = truth_metrics(sae, x, DEEP.truth, 2500)
     assert expected["firing_f1"] == 1
     sizes, encode = [], sae.encode
@@ -318,10 +296,10 @@ def test_firing_figures_equal_their_loops(seed) -> None:
     expected = dict(zip(FIRING, np.mean(scores, axis=0), strict=True))
     assert truth.firing_scores(fires, active, matching.feature) == pytest.approx(expected)
 
-    for has_latent in (matching.latent_of(12) >= 0, torch.ones(12, dtype=torch.bool), None):
+    for has_latent in (matching.latent_of(12) >= 0, torch.ones(12, dtype=torch.bool)):
         silent = []
         for child, above in enumerate(parent.tolist()):
-            if above < 0 or (has_latent is not None and not (has_latent[child] and has_latent[above])):
+            if above < 0 or not (has_latent[child] and has_latent[above]):
                 continue
             both = [row for row in range(200) if true[row, child] and true[row, above]]
             silent.append(np.mean([dense[row, above] == 0 for row in both]))
@@ -340,7 +318,7 @@ def test_a_latent_whose_feature_is_never_active_scores_zero() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_edges_equal_their_loop(seed) -> None:
+def test_edges_equal_their_loop(seed, monkeypatch) -> None:
     """Latents that mostly fire under others, with thresholds at which some pairs pass and some fail."""
     generator, rows = torch.Generator().manual_seed(seed), 400
     fires = torch.rand(rows, 30, generator=generator) < 0.1 + 0.5 * torch.rand(30, generator=generator)
@@ -357,11 +335,19 @@ def test_edges_equal_their_loop(seed) -> None:
                 continue
             if child not in expected or p[parent] < p[expected[child]]:
                 expected[child] = parent
-    edges = truth.edges_by_firing(code_of(fires), coverage=0.7, lift=1.3, least=8, block=7)
+    monkeypatch.setattr(truth, "CHILDREN", 7)
+    edges = truth.edges_by_firing(code_of(fires), coverage=0.7, lift=1.3, least=8)
     assert {child for _, child in edges.tolist()} == set(expected)
     assert len(edges) == len(expected) > 3
     assert all(p[parent] == p[expected[child]] for parent, child in edges.tolist())
     assert len(truth.edges_by_firing(code_of(torch.zeros(5, 4)))) == 0
+
+
+def test_edges_of_latents_that_fire_often_on_many_rows_are_found() -> None:
+    """Their rows in common times all rows are more than 2³¹."""
+    fires = torch.zeros(100_000, 2)
+    fires[:40_000, 0] = fires[:30_000, 1] = 1
+    assert truth.edges_by_firing(code_of(fires)).tolist() == [[0, 1]]
 
 
 def test_edges_are_immediate_and_scored_through_the_matching() -> None:
@@ -377,10 +363,9 @@ def test_edges_are_immediate_and_scored_through_the_matching() -> None:
 
 def test_codes_are_activations_times_the_norms_of_their_directions() -> None:
     true = DEEP.activations * DEEP.features.norm(dim=1)
-    for start, rows in ((0, None), (100, None), (100, 50), (0, 0)):
-        part = true[start : None if rows is None else start + rows]
-        torch.testing.assert_close(truth.true_codes(DEEP.truth, start, rows).dense(), part)
-    sae = hand_made(*hedged(DEEP))
+    for start, rows in ((0, len(true)), (100, 50), (0, 0)):
+        torch.testing.assert_close(truth.true_codes(DEEP.truth, start, rows).dense(), true[start : start + rows])
+    sae = sae_of(*hedged(DEEP)[::-1])
     torch.testing.assert_close(
         truth.latent_codes(sae, DEEP.x).dense(), (sae.encode(DEEP.x) * sae.W_dec.norm(dim=1)).detach()
     )

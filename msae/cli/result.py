@@ -69,16 +69,12 @@ def print_runs(runs: list[Run]) -> None:
 def settings_of(run: Run) -> dict[str, Any]:
     """The settings that decide what a run makes, an arm's own over its run's; none, and a line, if unreadable."""
     try:
-        return deciding(run.config) | arm_settings(run)
+        settings = deciding(run.config)
+        if run.of is not None:
+            arm = next(arm for arm in run.of.arms() if arm.name == run.path.name)
+            given = deciding((run.of.config.get("arms") or {}).get(arm.arm) or {})
+            settings |= {"arm": arm.arm, **{f"model.{key}": value for key, value in given.items()}, **arm.settings}
+        return settings
     except ValueError as error:
         say(str(error))
         return {}
-
-
-def arm_settings(run: Run) -> dict[str, Any]:
-    """What an arm, or a grid, sets in its model; nothing for a run of one SAE."""
-    if run.of is None:
-        return {}
-    arm = next(arm for arm in run.of.arms() if arm.name == run.path.name)
-    given = (run.of.config.get("arms") or {}).get(arm.arm) or {}
-    return {"arm": arm.arm, **{f"model.{key}": value for key, value in deciding(given).items()}, **arm.settings}

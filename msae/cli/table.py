@@ -53,14 +53,9 @@ def read_arms(run: Run, job: Job) -> list[Job]:
     jobs = []
     for arm in arms:
         metrics, error = run.arm(arm.name).outcome() if arm.error is None else ({}, " ".join(arm.error.split()))
-        overrides = job.overrides | {"arm": arm.arm} | {key: as_text(value) for key, value in arm.settings.items()}
-        jobs.append(Job(job.name, overrides, metrics, error, job.seconds))
+        settings = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arm.settings.items()}
+        jobs.append(Job(job.name, job.overrides | {"arm": arm.arm} | settings, metrics, error, job.seconds))
     return jobs or [Job(job.name, job.overrides, {}, f"{run.arms_file}: no arm", job.seconds)]
-
-
-def as_text(value: Any) -> str:
-    """A setting as an override writes it."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, float]:
@@ -115,11 +110,9 @@ def bootstrap(values: Sequence[float]) -> Interval:
     no interval for values that are all the same.
     """
     n = len(values)
-    if n == 0:
-        return Interval(0, math.nan, math.nan, math.nan)
-    mean = math.fsum(values) / n
-    if n == 1:
-        return Interval(1, mean, math.nan, math.nan)
+    mean = math.fsum(values) / n if n else math.nan
+    if n < 2:
+        return Interval(n, mean, math.nan, math.nan)
     if min(values) == max(values):
         return Interval(n, values[0], values[0], values[0])
     import numpy as np

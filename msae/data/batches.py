@@ -88,12 +88,7 @@ class TrainBatches:
         target: Shards | None = None,
         threads: int = 2,
     ) -> None:
-        rows = sum(shards.rows("train"))
-        if rows < batch_tokens * world:
-            raise ValueError(
-                f"{shards.directory} has {rows} training rows, fewer than one batch of {batch_tokens} × {world}; "
-                "lower data.batch_tokens or harvest more (data.source.tokens)"
-            )
+        assert sum(shards.rows("train")) >= batch_tokens * world, "fewer rows than a batch: see Activations.steps"
         self.sides, self.batch_tokens, self.length = sides(shards, target), batch_tokens, length
         self.seed, self.rank, self.world, self.prefetch, self.threads = seed, rank, world, prefetch, threads
         self.order = shards.order(seed, rank, world)

@@ -39,6 +39,7 @@ from msae.sources.source import Chunk, Source
 from msae.sources.tokens import spare_core
 
 GB = 1e9
+SUMMED = 8192  # rows of a block; another number gives other last bits
 
 
 @settings
@@ -175,10 +176,9 @@ def write_manifests(
     """Write every hook's manifest, and its truth if the source knows it; only a rolling harvest has a window."""
     truth = source.truth()
     for hook, directory in directories.items():
-        entry = None
         if truth is not None:
             write(directory / TRUTH, lambda temporary: save_file(truth, temporary), ADVICE)
-            entry = FileEntry.of(directory / TRUTH)
+        entry = None if truth is None else FileEntry.of(directory / TRUTH)
         manifest = as_plain(make_manifest(source, hook, records[hook], entry, window))
         if window is None:
             del manifest["window"]
@@ -268,7 +268,6 @@ def write_chunk(directory: Path, number: int, hook_name: str, chunk: Chunk) -> R
 
 
 def record_name(number: int) -> str:
-    """The file of a chunk's record."""
     return f"chunk-{number:05d}.json"
 
 
@@ -293,21 +292,20 @@ def find_chunk(
     }
 
 
-def sums(activations: Tensor, scales: Tensor | None = None, rows: int = 8192) -> tuple[Tensor, float]:
-    """Σ x [d_in] and Σ‖x‖² in float64 of rows as they will be read, `rows` at a time to save memory."""
-    total = activations.new_zeros(activations.shape[1]).double()
-    square = 0.0
-    for start in range(0, len(activations), rows):
-        block = activations[start : start + rows]
+def sums(activations: Tensor, scales: Tensor | None) -> tuple[Tensor, float]:
+    """Σ x [d_in] and Σ‖x‖² in float64 of rows as they will be read, some at a time to save memory."""
+    total, square = activations.new_zeros(activations.shape[1]).double(), 0.0
+    for start in range(0, len(activations), SUMMED):
+        some = slice(start, start + SUMMED)
         with np.errstate(invalid="ignore"):  # 0 · scale of a row that is not finite
-            exact = (block if scales is None else dequantise(block, scales[start : start + rows])).double()
+            exact = (activations[some] if scales is None else dequantise(activations[some], scales[some])).double()
         total += exact.sum(0)
         square += float(exact.square().sum())
     return total, square
 
 
 def make_manifest(
-    source: Source, hook_name: str, records: list[Record], truth: FileEntry | None = None, window: int | None = None
+    source: Source, hook_name: str, records: list[Record], truth: FileEntry | None, window: int | None
 ) -> Manifest:
     """The manifest of these chunks. Raises ValueError if they have no training row."""
     rows = sum(record.rows("train") for record in records)

@@ -39,7 +39,7 @@ class ShardOrder:
 
     An epoch is a seeded permutation of blocks of `block` neighbouring rows; `pool` blocks at a time (from all over the
     shards) have their rows permuted together. Epochs follow one another without a gap, so every row comes exactly
-    once an epoch whatever the batch size, and `rows(start, stop)` is a pure function of (seed, start, stop).
+    once an epoch whatever the batch size, and the rows at positions start … stop are a pure function of these and seed.
 
     Of the pairs of rows in a batch, 1 in `pool` is from one block, and so may be from one text. One read from the disk
     is `block` rows; memory holds a few pools. benchmarks/reader.py measures what other sizes cost.
@@ -55,12 +55,7 @@ class ShardOrder:
         self._epoch = lru_cache(2)(self._make_epoch)
         self._shuffle = lru_cache(4)(self._make_shuffle)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Row numbers [stop − start] int64 at these positions of the sequence."""
-        return torch.cat([numbered(*self.blocks(pool))[index] for pool, index in self.parts(start, stop)])
-
     def parts(self, start: int, stop: int) -> list[tuple[Pool, Tensor]]:
-        """As `RowOrder.parts`."""
         parts: list[tuple[Pool, Tensor]] = []
         while start < stop:
             epoch, offset = divmod(start, self.total)
@@ -73,22 +68,18 @@ class ShardOrder:
         return parts
 
     def blocks(self, pool: Pool) -> tuple[Tensor, Tensor]:
-        """As `RowOrder.blocks`."""
         epoch, number = pool
         order, _ = self._epoch(epoch)
         return self._spans(order[number * self.pool : (number + 1) * self.pool].sort().values)
 
     def where(self, start: int) -> tuple[int, int]:
-        """As `RowOrder.where`."""
         return divmod(start, self.total)
 
     def depends_on(self, start: int) -> dict[str, Any]:
-        """As `RowOrder.depends_on`."""
         return {"row_order": f"{self.block}x{self.pool}"}
 
     def ahead(self, start: int, stop: int) -> AbstractContextManager[None]:
-        """Nothing to do: all rows are on disk."""
-        return nullcontext()
+        return nullcontext()  # all rows are on disk
 
     def _spans(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """The first row of each block, and the row after its last."""
@@ -105,9 +96,3 @@ class ShardOrder:
 
     def _make_shuffle(self, epoch: int, number: int, rows: int) -> Tensor:
         return torch.randperm(rows, generator=stream(self.seed, "rows", epoch, number))
-
-
-def numbered(starts: Tensor, stops: Tensor) -> Tensor:
-    """The numbers of all rows of blocks start … stop."""
-    sizes = stops - starts
-    return torch.arange(int(sizes.sum())) + (starts - sizes.cumsum(0) + sizes).repeat_interleave(sizes)

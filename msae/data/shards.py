@@ -76,7 +76,6 @@ class ShardEntry(FileEntry):
 
     @property
     def name(self) -> str:
-        """File name."""
         return shard_name(self.split, self.number)
 
 
@@ -124,7 +123,6 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def shard_name(split: str, number: int) -> str:
-    """File name of a shard."""
     return f"{split}-{number:05d}.safetensors"
 
 
@@ -177,6 +175,10 @@ class Shards:
                 "train on it with the same data.rolling_gb, or harvest the whole with data.rolling_gb=null"
             )
         self.identity, self.d_in = self.manifest.identity, self.manifest.d_in
+        self.stored_dtype: torch.dtype = getattr(torch, self.manifest.dtype)
+        self.dtype = torch.float32 if self.stored_dtype == torch.int8 else self.stored_dtype  # of rows in batches
+        self.mean = torch.tensor(self.manifest.statistics.mean, dtype=torch.float64)  # E x [d_in] of training rows
+        self.mean_square = self.manifest.statistics.mean_square  # E‖x‖²
         self.entries = {split: [e for e in self.manifest.shards if e.split == split] for split in ("train", "val")}
         self.first = {s: np.cumsum([0, *self.rows(s)]) for s in self.entries}  # number of each shard's first row
         self._tensors = cache(lambda split, shard: load_file(self._path(split, shard)))
@@ -202,17 +204,6 @@ class Shards:
     def order(self, seed: int, rank: int, world: int) -> RowOrder:
         """The order in which training reads rows; a rolling harvest also needs to know who reads."""
         return ShardOrder(self.rows("train"), seed)
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """The type of the activations in the files."""
-        dtype: torch.dtype = getattr(torch, self.manifest.dtype)
-        return dtype
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the rows in batches: that of the files, or float32 for int8."""
-        return torch.float32 if self.stored_dtype == torch.int8 else self.stored_dtype
 
     def activations(self, split: str, shard: int) -> Tensor:
         """All activations [rows, d_in] of the split's shard-th shard: a zero-copy memory map, or dequantised int8."""
@@ -268,16 +259,6 @@ class Shards:
     def index(self, split: str, shard: int) -> dict[str, Tensor]:
         """What lies beside the activations: for text `sequence`, `position` [rows] and `tokens` [n_seq, context]."""
         return {name: tensor for name, tensor in self._tensors(split, shard).items() if name not in ROWS}
-
-    @cached_property
-    def mean(self) -> Tensor:
-        """E x [d_in] over the training rows, float64."""
-        return torch.tensor(self.manifest.statistics.mean, dtype=torch.float64)
-
-    @property
-    def mean_square(self) -> float:
-        """E‖x‖² over the training rows."""
-        return self.manifest.statistics.mean_square
 
     @cached_property
     def truth(self) -> dict[str, Tensor] | None:

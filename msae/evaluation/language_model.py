@@ -31,7 +31,6 @@ def cross_entropy_recovered(
     tokens: Int[Tensor, "n_seq context"],
     special_ids: Iterable[int],
     batch: int = 8,
-    show_progress: bool = True,
     target_hook_name: str | None = None,
 ) -> dict[str, Any]:
     """Cross-entropy (nats a token) and KL(original ‖ spliced) with each reconstruction in place of the hook.
@@ -60,7 +59,7 @@ def cross_entropy_recovered(
     ce = dict.fromkeys(["orig", *splices], 0.0)
     kl = dict.fromkeys(splices, 0.0)
     count = 0
-    with progress(tokens.numel(), "cross-entropy", disable=not show_progress) as bar:
+    with progress(tokens.numel(), "cross-entropy") as bar:
         for sequences in tokens.long().to(bridge.cfg.device).split(batch):
             keep = keep_mask(sequences, special)
             scored = keep[:, :-1] & keep[:, 1:]

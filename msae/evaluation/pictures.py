@@ -12,7 +12,7 @@ from torch import Tensor
 
 from msae.data.shards import Shards
 from msae.evaluation.matching import Match, cosines, match
-from msae.evaluation.truth import FLOOR, at_features, latent_codes, true_codes
+from msae.evaluation.truth import FLOOR, as_csr, at_features, latent_codes, true_codes
 from msae.sae import MatryoshkaSAE, SparseCode
 
 Order = list[tuple[int, int]]  # (feature, depth in its tree)
@@ -31,16 +31,21 @@ def tree_order(parent: Tensor, most: int) -> Order:
         children.setdefault(above, []).append(feature)
     order: Order = []
     for root in sorted(children[-1], key=lambda root: root not in children):
-        tree: Order = []
-        stack = [(root, 0)]
-        while stack:
-            feature, depth = stack.pop()
-            tree.append((feature, depth))
-            stack += [(child, depth + 1) for child in reversed(children.get(feature, []))]
+        tree = depth_first(children, root)
         if order and len(order) + len(tree) > most:
             break
         order += tree
     return order[:most]
+
+
+def depth_first(children: dict[int, list[int]], root: int) -> Order:
+    """A tree from its root on, each with its depth; deeper than Python's stack may be."""
+    order, stack = [], [(root, 0)]
+    while stack:
+        at, depth = stack.pop()
+        order.append((at, depth))
+        stack += [(child, depth + 1) for child in reversed(children.get(at, []))]
+    return order
 
 
 def name_columns(axis: Axes, order: Order) -> None:
@@ -104,14 +109,6 @@ def rows_to_show(truth: SparseCode, order: Order, rows: int) -> list[int]:
     return chosen
 
 
-def matrix(code: SparseCode, rows: list[int], features: list[int]) -> Tensor:
-    """These rows and columns of a code, dense."""
-    column_of = torch.full((code.d_sae,), -1)
-    column_of[features] = torch.arange(len(features))
-    column = column_of[code.latents]
-    return SparseCode(code.offsets, column, code.acts, len(features)).where(column >= 0).dense()[rows]
-
-
 def activations_side_by_side(codes: dict[str, SparseCode], parent: Tensor, rows: int = 40, most: int = 40) -> Figure:
     """Activations of the same held-out rows, one panel a code: the truth, which comes first, then the arms.
 
@@ -122,14 +119,14 @@ def activations_side_by_side(codes: dict[str, SparseCode], parent: Tensor, rows:
     order = tree_order(parent, most)
     shown = [feature for feature, _ in order]
     chosen = rows_to_show(truth, order, rows)
-    panels = {name: matrix(code, chosen, shown) for name, code in codes.items()}
+    panels = {name: as_csr(code)[chosen][:, shown].toarray() for name, code in codes.items()}
     norm = Normalize(0, max(float(panel.max()) for panel in panels.values()))
     width, height = max(2.4, 0.1 * len(order)), max(3.2, 0.1 * len(chosen))
     figure = Figure(figsize=(1.2 + width * len(panels), 1 + height), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (name, panel) in zip(axes, panels.items(), strict=True):
         panel[panel == 0] = torch.nan  # white
-        image = axis.imshow(panel.numpy(), cmap="magma_r", norm=norm, aspect="auto", interpolation="nearest")
+        image = axis.imshow(panel, cmap="magma_r", norm=norm, aspect="auto", interpolation="nearest")
         name_columns(axis, order)
         for column, (_, depth) in enumerate(order):
             if column and depth == 0 and (order[column - 1][1] or order[(column + 1) % len(order)][1]):

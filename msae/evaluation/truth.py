@@ -1,6 +1,7 @@
 """Figures against known features: how many are recovered, and whether a parent falls silent under its child."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +15,14 @@ from msae.evaluation.reconstruction import ratio
 from msae.sae import MatryoshkaSAE, SparseCode, encode_sparse
 
 BLOCK = 2**24  # activations that are held densely at once
+CHILDREN = 512  # whose pairs are counted at once: [CHILDREN, d_sae] at most, never d_sae²
 FLOOR = 0.05  # share of its own maximum up to which a latent counts as silent
 RECOVERED = 0.5  # |cos| from which a feature counts as recovered: an absorbed child's is still 1/√2
 
 
-def true_codes(truth: dict[str, Tensor], start: int = 0, rows: int | None = None) -> SparseCode:
+def true_codes(truth: dict[str, Tensor], start: int, rows: int) -> SparseCode:
     """True values · ‖feature‖ of held-out rows from `start` on, read from the CSR of `truth`; latents are features."""
-    offsets = truth["offsets"][start : None if rows is None else start + rows + 1]
+    offsets = truth["offsets"][start : start + rows + 1]
     entries = slice(int(offsets[0]), int(offsets[-1]))
     feature, norm = truth["feature"][entries].long(), truth["features"].float().norm(dim=1)
     return SparseCode(offsets - offsets[0], feature, truth["value"][entries] * norm[feature], len(norm))
@@ -40,6 +42,18 @@ def latent_codes(sae: MatryoshkaSAE, batches: Tensor | Iterable[Tensor]) -> Spar
             acts = (code.acts * norm[code.latents]).float()
             parts.append(SparseCode(code.offsets.cpu(), code.latents.cpu(), acts.cpu(), sae.d_sae))
     return SparseCode.cat(parts)
+
+
+def as_csr(code: SparseCode) -> csr_array:
+    """The code in SciPy's form [rows, d_sae], which shares its memory."""
+    parts = (code.acts.numpy(), code.latents.numpy(), code.offsets.numpy())
+    return csr_array(parts, shape=(code.batch, code.d_sae))
+
+
+def firing_matrix(matrix: csr_array) -> csr_array:
+    """1 where the matrix has an entry, int32."""
+    ones = np.ones(matrix.nnz, dtype=np.int32)
+    return csr_array((ones, matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
 def at_features(code: SparseCode, matching: Match, n: int) -> SparseCode:
@@ -68,20 +82,18 @@ def firing_scores(fires: SparseCode, active: SparseCode, features: Int[Tensor, "
 
 
 def parent_silent_given_child(
-    fires: SparseCode, active: SparseCode, parent: Int[Tensor, " n"], has_latent: Bool[Tensor, " n"] | None = None
+    fires: SparseCode, active: SparseCode, parent: Int[Tensor, " n"], has_latent: Bool[Tensor, " n"]
 ) -> float:
     """P(parent's latent is silent | parent and child are active), the mean over edges: the absorption hole.
 
-    With `has_latent` only edges count whose features both have one: absent is not absorbed. NaN without an edge or row.
+    Only edges count whose features both have a latent: absent is not absorbed. NaN without an edge or row.
     """
     child = active.where(parent[active.latents] >= 0)
     above = replace(child, latents=parent[child.latents])
     both = above.also_in(active)
     rows = child.where(both).fired().double()
     silent = child.where(both & ~above.also_in(fires)).fired()
-    edges = rows > 0
-    if has_latent is not None:
-        edges &= has_latent & has_latent[parent]
+    edges = (rows > 0) & has_latent & has_latent[parent]
     return float((silent / rows)[edges].mean())
 
 
@@ -113,28 +125,46 @@ def signed_parts(name: str, values: Float[Tensor, " edges"]) -> dict[str, float]
     return {name + part: float(value.double().mean()) for part, value in parts.items()}
 
 
+def covering(
+    fires: csr_array, coverage: float, least: int, on_children: Callable[[int], object] = lambda n: None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Parent, child and rows on which both fire of every pair with P(parent fires | child fires) ≥ `coverage`.
+
+    The parent fires more often, the child at least `least` times. `on_children` is called with how many more latents
+    have been looked at as children.
+    """
+    columns, d_sae = fires.T.tocsr(), fires.shape[1]
+    counts = np.diff(columns.indptr)
+
+    def pairs(start: int) -> np.ndarray:
+        together = (columns[start : start + CHILDREN] @ fires).tocoo()
+        child, parent, both = together.coords[0] + start, together.coords[1], together.data
+        covers = (counts[child] >= least) & (counts[parent] > counts[child]) & (both >= coverage * counts[child])
+        return np.stack([parent[covers], child[covers], both[covers]]).astype(np.int64)
+
+    parts = []
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for part in pool.map(pairs, range(0, d_sae, CHILDREN)):
+            parts.append(part)
+            on_children(min(CHILDREN, d_sae - CHILDREN * (len(parts) - 1)))
+    parent, child, both = np.concatenate(parts, axis=1)
+    return parent, child, both
+
+
 def edges_by_firing(
-    code: SparseCode, coverage: float = 0.8, lift: float = 2.0, least: int = 10, block: int = 1024
+    code: SparseCode, coverage: float = 0.8, lift: float = 2.0, least: int = 10
 ) -> Int[Tensor, "edges 2"]:
     """Edges (parent, child) among latents, read off from their firing alone; a child has at most one parent.
 
     P(parent fires | child fires) ≥ `coverage` and ≥ `lift` · P(parent fires), the parent fires more often, the child
     at least `least` times. Of several such parents the immediate one is that which fires least often.
     """
-    ones = np.ones(len(code.acts), dtype=np.int32)
-    fires = csr_array((ones, code.latents.numpy(), code.offsets.numpy()), shape=(code.batch, code.d_sae))
-    columns, fired = fires.tocsc(), code.fired().numpy()
-    edges = [np.zeros((0, 2), dtype=np.int64)]
-    for start in range(0, code.d_sae, block):
-        together = (columns[:, start : start + block].T @ fires).tocoo()
-        child, parent, n = together.row + start, together.col, together.data
-        keep = (fired[child] >= least) & (fired[parent] > fired[child]) & (n >= coverage * fired[child])
-        keep &= n * code.batch >= lift * fired[parent] * fired[child]
-        child, parent, n = child[keep], parent[keep], n[keep]
-        order = np.lexsort((-n, fired[parent], child))
-        children, first = np.unique(child[order], return_index=True)
-        edges.append(np.stack([parent[order][first], children], axis=1).astype(np.int64))
-    return torch.from_numpy(np.concatenate(edges))
+    fired, (parent, child, both) = code.fired().numpy(), covering(firing_matrix(as_csr(code)), coverage, least)
+    above = both * code.batch >= lift * fired[parent] * fired[child]
+    parent, child, both = parent[above], child[above], both[above]
+    order = np.lexsort((-both, fired[parent], child))
+    children, first = np.unique(child[order], return_index=True)
+    return torch.from_numpy(np.stack([parent[order][first], children], axis=1))
 
 
 def edge_scores(edges: Int[Tensor, "edges 2"], matching: Match, parent: Int[Tensor, " n"]) -> dict[str, float]:
@@ -157,23 +187,19 @@ def shrinkage(fires: SparseCode, active: SparseCode) -> float:
 
 @torch.no_grad()
 def truth_metrics(
-    sae: MatryoshkaSAE,
-    batches: Tensor | Iterable[Tensor],
-    truth: dict[str, Tensor],
-    start: int = 0,
-    floor: float = FLOOR,
+    sae: MatryoshkaSAE, batches: Tensor | Iterable[Tensor], truth: dict[str, Tensor], start: int = 0
 ) -> dict[str, float]:
     """All figures of this file for rows [rows, d_in], or batches of them, that begin at row `start` of the truth.
 
     `truth`: features [n, d_in], parent [n] (−1: a root), and the true activations as CSR (offsets, feature, value).
-    A latent fires where it exceeds `floor` of its own maximum; `l0` counts every active latent.
+    A latent fires where it exceeds FLOOR of its own maximum; `l0` counts every active latent.
     """
     W_dec, features, parent = sae.W_dec.detach(), truth["features"].float(), truth["parent"]
     n = len(features)
     near = nearest(W_dec, features, CANDIDATES)
     matching = match(W_dec, features, near)
     code = latent_codes(sae, batches)
-    strong, active = code.strong(floor), true_codes(truth, start, code.batch)
+    strong, active = code.strong(FLOOR), true_codes(truth, start, code.batch)
     fires = at_features(strong, matching, n)
     has_latent = matching.latent_of(n) >= 0
     recovered = torch.zeros(n, dtype=torch.bool).index_fill_(0, matching.feature[matching.cos.abs() >= RECOVERED], True)

@@ -217,10 +217,9 @@ def fires_on(firings: Firings, text: Text, rows: int = SEARCH_ROWS) -> dict[int,
     Of the latents that fire on at least SEARCH_SHARE of them the few with the highest share · log(share / firing rate).
     """
     rows = min(rows, firings.rows)
-    token, part = text.token[:rows], firings.matrix[:rows]
-    fires = csr_array((np.ones(part.nnz, dtype=np.float32), part.indices, part.indptr), shape=part.shape)
-    is_at = csr_array((np.ones(rows, dtype=np.float32), (token, np.arange(rows))), shape=(len(text.vocabulary), rows))
-    together = csr_array(is_at @ fires)
+    token = text.token[:rows]
+    is_at = csr_array((np.ones(rows, dtype=np.int32), (token, np.arange(rows))), shape=(len(text.vocabulary), rows))
+    together = csr_array(is_at @ firings.fires[:rows])
     occurs, rate = np.bincount(token, minlength=len(text.vocabulary)), firings.counts / firings.rows
     answers = {}
     for number in np.flatnonzero(occurs).tolist():

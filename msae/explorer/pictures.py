@@ -6,12 +6,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
-from msae.hierarchy.extract import THIS, Hierarchy
+from msae.evaluation.pictures import Order, depth_first
+from msae.hierarchy.extract import Hierarchy
 from msae.hierarchy.firings import Array
 from msae.hierarchy.limits import LINES, TESTS
 
-COLOURS = {THIS: "#0072B2"}
-OTHERS = ("#D55E00", "#E69F00", "#999999")
+COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#999999")  # of this SAE, which comes first, and of its controls
 
 
 def funnel(hierarchy: Hierarchy) -> Figure:
@@ -19,10 +19,9 @@ def funnel(hierarchy: Hierarchy) -> Figure:
     names = [TESTS[stage].name for stage in LINES]
     figure = Figure(figsize=(0.75 * len(names) + 1.5, 3.6), layout="constrained")
     axis = figure.subplots()
-    others = iter(OTHERS)
-    for name, counts in hierarchy.funnels.items():
+    for colour, (name, counts) in zip(COLOURS, hierarchy.funnels.items(), strict=False):
         remaining = [counts[stage] for stage in LINES]
-        axis.plot(names, remaining, "o-", color=COLOURS.get(name) or next(others), label=name, markersize=4)
+        axis.plot(names, remaining, "o-", color=colour, label=name, markersize=4)
         end = (len(names) - 1, remaining[-1])
         axis.annotate(f"{remaining[-1]:,}", end, (6, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set(ylabel="candidate edges remaining", ylim=(0, None))
@@ -72,21 +71,14 @@ def forest(hierarchy: Hierarchy, labels: Sequence[str], roots: int = 8, most: in
     return figure
 
 
-def outline(parent: Array, rate: Array, roots: int, most: int) -> list[tuple[int, int]]:
+def outline(parent: Array, rate: Array, roots: int, most: int) -> Order:
     """(latent, depth) of the largest trees, depth first, children by firing rate; at most `most` latents."""
     children: dict[int, list[int]] = {}
     for child in np.flatnonzero(parent >= 0).tolist():
         children.setdefault(int(parent[child]), []).append(child)
-
-    def tree(root: int) -> list[tuple[int, int]]:
-        lines, waiting = [], [(root, 0)]
-        while waiting:
-            latent, depth = waiting.pop()
-            lines.append((latent, depth))
-            waiting += [(c, depth + 1) for c in sorted(children.get(latent, []), key=lambda c: rate[c])]
-        return lines
-
-    trees = sorted((tree(p) for p in children if parent[p] < 0), key=lambda lines: (-len(lines), lines[0]))
+    children = {p: sorted(below, key=lambda c: rate[c])[::-1] for p, below in children.items()}
+    trees = [depth_first(children, p) for p in children if parent[p] < 0]
+    trees.sort(key=lambda lines: (-len(lines), lines[0]))
     return [line for lines in trees[:roots] for line in lines][:most]
 
 

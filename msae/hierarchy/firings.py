@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from msae.data.shards import Shards
-from msae.evaluation.truth import latent_codes
+from msae.evaluation.truth import as_csr, firing_matrix, latent_codes
 from msae.progress import progress
 from msae.sae import MatryoshkaSAE, SparseCode
 
@@ -76,9 +76,13 @@ class Firings:
 
     @cached_property
     def matrix(self) -> csr_array:
-        """The code in SciPy's form, which shares its memory."""
-        parts = (self.code.acts.numpy(), self.code.latents.numpy(), self.code.offsets.numpy())
-        return csr_array(parts, shape=(self.rows, self.d_sae))
+        """The code in SciPy's form."""
+        return as_csr(self.code)
+
+    @property
+    def fires(self) -> csr_array:
+        """1 where a latent fires."""
+        return firing_matrix(self.matrix)
 
     @property
     def rows(self) -> int:

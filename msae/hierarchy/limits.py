@@ -1,8 +1,13 @@
 """The tests that try to refute an edge, and where each draws its line."""
 
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from msae.settings import Count, as_plain, settings
+
+COMPARE = {"≥": operator.ge, "≤": operator.le, "<": operator.lt, "": operator.eq}
 
 
 @settings
@@ -45,6 +50,11 @@ class Test(NamedTuple):
     def line_at(self, limits: Limits) -> str:
         """The line with its number, such as ≥ 0.6."""
         return self.line.format(**as_plain(limits))
+
+    def passes(self, figure: np.ndarray[Any, Any], limits: Limits) -> np.ndarray[Any, Any]:
+        """Which edges reach the line; NaN does not."""
+        sign, _, line = self.line_at(limits).rpartition(" ")
+        return COMPARE[sign](figure, float(line))
 
 
 # In the order of the funnel: the last ones compare an edge with those that remain.

@@ -1,17 +1,12 @@
 """Which latents fire together: every pair of which one covers the other, and what chance would make of it."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import numpy as np
-import torch
-from scipy.sparse import csr_array
 
+from msae.evaluation.truth import covering
 from msae.hierarchy.firings import Array, Firings
 from msae.progress import progress
-
-ROWS = 2**18  # rows whose L0 is repeated for each firing at once
-BLOCK = 512  # children whose pairs are counted at once: [BLOCK, d_sae] at most, never d_sae²
 
 
 @dataclass
@@ -29,8 +24,7 @@ class Pairs:
 
     def above(self, counts: Array, lift: float) -> Array:
         """Which pairs fire together at least `lift` times as often as chance has it; `counts` [d_sae] are firings."""
-        above: Array = self.both >= lift * self.chance * counts[self.child]
-        return above
+        return self.both >= lift * self.chance * counts[self.child]
 
 
 def covering_pairs(firings: Firings, coverage: float, least: int) -> Pairs:
@@ -40,38 +34,13 @@ def covering_pairs(firings: Firings, coverage: float, least: int) -> Pairs:
     the parent's rate fires when the other active latents of a row are drawn by their rates (the configuration model
     of random graphs). So a row on which much is active counts for less than one on which little is.
     """
-    counts, matrix = firings.counts, firings.matrix
-    ones = np.ones(matrix.nnz, dtype=np.int32)
-    fires = csr_array((ones, matrix.indices, matrix.indptr), shape=matrix.shape)
-    columns = fires.T.tocsr()
-
-    def count(start: int) -> tuple[Array, ...]:
-        together = (columns[start : start + BLOCK] @ fires).tocoo()
-        child, parent, both = together.coords[0] + start, together.coords[1], together.data
-        covers = (counts[child] >= least) & (counts[parent] > counts[child]) & (both >= coverage * counts[child])
-        return parent[covers].astype(np.int64), child[covers].astype(np.int64), both[covers].astype(np.int64)
-
-    parts = []
-    starts = range(0, firings.d_sae, BLOCK)
-    with progress(firings.d_sae, "pairs", unit="latents") as bar, ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for part in pool.map(count, starts):
-            parts.append(part)
-            bar.update(min(BLOCK, firings.d_sae - bar.n))
-    parent, child, both = (np.concatenate(column) for column in zip(*parts, strict=True))
-    slots = np.maximum(1.0, matrix.nnz - counts[child])
-    chance = counts[parent] * others_beside(firings)[child] / slots / np.maximum(1, counts[child])
+    counts, fires = firings.counts, firings.fires
+    with progress(firings.d_sae, "pairs", unit="latents") as bar:
+        parent, child, both = covering(fires, coverage, least, bar.update)
+    others = fires.T @ (np.diff(fires.indptr) - 1.0)  # Σ (L0 − 1) over the rows on which each latent fires
+    slots = np.maximum(1.0, fires.nnz - counts[child])
+    chance = counts[parent] * others[child] / slots / np.maximum(1, counts[child])
     return Pairs(parent, child, both, np.minimum(1.0, chance))
-
-
-def others_beside(firings: Firings) -> Array:
-    """Σ (L0 − 1) over the rows on which each latent fires [d_sae]."""
-    matrix, total = firings.matrix, -firings.counts.astype(np.float64)
-    l0 = np.diff(matrix.indptr)
-    for start in range(0, firings.rows, ROWS):
-        stop = min(start + ROWS, firings.rows)
-        latent = matrix.indices[matrix.indptr[start] : matrix.indptr[stop]]
-        total += np.bincount(latent, np.repeat(l0[start:stop], l0[start:stop]), minlength=firings.d_sae)
-    return total
 
 
 def eligible(counts: Array, level: Array, least: int) -> Array:

@@ -9,8 +9,6 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from msae.files import write_json
 from msae.interop import dictionary_learning, load, sparsify
@@ -27,32 +25,25 @@ def push(
     sae: MatryoshkaSAE,
     repo_id: str,
     sae_id: str,
-    metadata: dict[str, Any] | None = None,
     runner_cfg: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
-    sparsity: Tensor | None = None,
     private: bool = False,
-    token: str | None = None,
 ) -> str:
     """Upload the SAE to `<repo_id>/<sae_id>/` in one commit, making the repo where there is none; return its address.
 
-    runner_cfg: the run's resolved configuration. metrics: `val/{name}/p{width}`, as in metrics.json. sparsity: log10 of
-    how often each latent fires, [d_sae]. The folder's README.md is the SAE's card; a repo without a README.md gets it
-    too, and one that has it keeps its own. Raises ValueError in one line.
+    runner_cfg: the run's resolved configuration. metrics: `val/{name}/p{width}`, as in metrics.json. The folder's
+    README.md is the SAE's card; a repo without a README.md gets it too, and one that has it keeps its own. Raises
+    ValueError in one line.
     """
     check_sae_id(sae_id)
-    if sparsity is not None and sparsity.shape != (sae.d_sae,):
-        raise ValueError(f"sparsity has shape {list(sparsity.shape)}, expected [{sae.d_sae}], one a latent")
     with TemporaryDirectory() as temporary:
-        folder = save_sae(sae, Path(temporary) / sae_id, metadata)
+        folder = save_sae(sae, Path(temporary) / sae_id)
         if runner_cfg is not None:
             write_json(folder / "runner_cfg.json", dict(runner_cfg), indent=2)
-        if sparsity is not None:
-            save_file({"sparsity": sparsity.float().cpu().contiguous()}, folder / "sparsity.safetensors")
-        text = card(sae, repo_id, sae_id, {**sae.metadata, **(metadata or {})}, metrics or {})
+        text = card(sae, repo_id, sae_id, metrics or {})
         (folder / "README.md").write_text(text)
         with _explained(f"push to {repo_id}"):
-            api = HfApi(token=token)
+            api = HfApi()
             api.create_repo(repo_id, private=private, exist_ok=True)
             if not api.file_exists(repo_id, "README.md"):
                 (Path(temporary) / "README.md").write_text(text)
@@ -60,7 +51,7 @@ def push(
     return f"https://huggingface.co/{repo_id}/tree/main/{sae_id}"
 
 
-def pull(repo_id: str, sae_id: str, revision: str | None = None, token: str | None = None) -> MatryoshkaSAE:
+def pull(repo_id: str, sae_id: str, revision: str | None = None) -> MatryoshkaSAE:
     """Download an SAE in any form that `msae.interop.load` reads (or take it from the Hub's local cache).
 
     Raises ValueError in one line.
@@ -68,7 +59,7 @@ def pull(repo_id: str, sae_id: str, revision: str | None = None, token: str | No
     check_sae_id(sae_id)
     patterns = [f"{sae_id}/{name}" for name in FILES]
     with _explained(f"pull {sae_id} from {repo_id}"):
-        root = HfApi(token=token).snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
+        root = HfApi().snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
     folder = Path(root) / sae_id
     if not folder.is_dir():
         at = f" at revision {revision}" if revision else ""
@@ -86,10 +77,7 @@ def check_sae_id(sae_id: str) -> None:
 
 
 def split_reference(reference: str) -> tuple[str, str]:
-    """Split `user/repo/sae_id` into `user/repo` and `sae_id`, empty where it is not given.
-
-    Raises ValueError in one line.
-    """
+    """Split `user/repo/sae_id` into `user/repo` and `sae_id`, "" if not given. Raises ValueError in one line."""
     user, _, rest = reference.partition("/")
     repo, _, sae_id = rest.partition("/")
     if not user or not repo:
@@ -120,10 +108,9 @@ def _explained(action: str) -> Iterator[None]:
 # --- the card ---------------------------------------------------------------------------------------------------------
 
 
-def card(
-    sae: MatryoshkaSAE, repo_id: str, sae_id: str, metadata: Mapping[str, Any], metrics: Mapping[str, float]
-) -> str:
+def card(sae: MatryoshkaSAE, repo_id: str, sae_id: str, metrics: Mapping[str, float]) -> str:
     """Write the README.md of one SAE: where it belongs, its sizes, figures of each prefix, loading it, its training."""
+    metadata = sae.metadata
     about = {
         "model": metadata.get("model_name"),
         "hook": metadata.get("hook_name"),

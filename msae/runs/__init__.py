@@ -12,7 +12,6 @@ runs/<name>-<time>/       or a job of a sweep, or an arm of a run with several
     error.txt             why a job of a sweep failed
 """
 
-import itertools
 import json
 import os
 import re
@@ -78,7 +77,6 @@ class Run:
         return str(self.path)
 
     def picture(self, name: str) -> Path:
-        """A picture of the run."""
         return self.path / f"{name}.png"
 
     # --- what is there ------------------------------------------------------------------------------------------------
@@ -141,18 +139,16 @@ class Run:
             raise ValueError(f"{self} has several SAEs; give {self}/<one of {', '.join(names)}>")
         return load_any_sae(self.sae_directory if self.sae_directory.is_dir() else self.path)
 
-    def shards_directory(self, sae: MatryoshkaSAE) -> Path:
-        """The shards that the SAE was trained on. Raises ValueError in one line if they are not there."""
+    def shards(self, sae: MatryoshkaSAE, given: str | None = None) -> Shards:
+        """These shards, or those that the SAE was trained on. Raises ValueError in one line if they are not there."""
+        if given is not None:
+            return Shards(given)
         of_sae = sae.metadata.get("shards")
         name = str(of_sae.get("identity_hash")) if isinstance(of_sae, dict) else ""
         root = Path(str(self.setting("data.root") or "shards"))
         if re.fullmatch("[0-9a-f]{12}", name) and (found := sorted(root.glob(f"*-{name}"))):
-            return found[0]
+            return Shards(found[0])
         raise ValueError(f"no shards for {self}; give shards=<a directory that python -m msae.harvest made>")
-
-    def shards(self, sae: MatryoshkaSAE, given: str | None = None) -> Shards:
-        """These shards, or those that the SAE was trained on."""
-        return Shards(given if given is not None else self.shards_directory(sae))
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -222,26 +218,26 @@ def new_run(name: str, runs: str = "runs", run_dir: str | None = None, job: Path
 
 def claim(path: Path) -> Path:
     """Make the directory `path`, or `path-2`, `path-3`, … where another process was first."""
-    for n in itertools.count(1):
-        candidate = path if n == 1 else path.with_name(f"{path.name}-{n}")
+    candidate, n = path, 1
+    while True:
         try:
             candidate.mkdir(parents=True)
+            return candidate
         except FileExistsError:
-            continue
-        return candidate
-    raise AssertionError("unreachable")
+            n += 1
+            candidate = path.with_name(f"{path.name}-{n}")
 
 
 def last_run(name: str, runs: str) -> Run:
     """The run of this name whose checkpoint is the newest. Raises ValueError in one line if there is none."""
     of_this_name = re.compile(rf"{re.escape(name)}-\d{{8}}-\d{{6}}(-\d+)?")
-    found = [run for run in map(Run, Path(runs).glob("*")) if of_this_name.fullmatch(run.path.name)]
-    found = [run for run in found if run.last_checkpoint.exists()]
-    if not found:
+    named = [Run(path) for path in Path(runs).glob("*") if of_this_name.fullmatch(path.name)]
+    resumable = [run for run in named if run.last_checkpoint.exists()]
+    if not resumable:
         raise ValueError(
             f"ckpt_path=last: no run of {name} under {runs}/ has a checkpoint; give run_dir=… or drop ckpt_path"
         )
-    return max(found, key=lambda run: run.last_checkpoint.stat().st_mtime)
+    return max(resumable, key=lambda run: run.last_checkpoint.stat().st_mtime)
 
 
 def all_runs(runs: str | Path) -> list[Run]:

@@ -1,3 +1,4 @@
+# ruff: noqa: F401
 """The sparse autoencoder as plain torch: weights, encode, decode, prefixes, sparsity, objective, files."""
 
 from msae.sae.auxk import AuxK, auxk_loss
@@ -12,35 +13,3 @@ from msae.sae.model import MatryoshkaSAE
 from msae.sae.objective import DenseCode, Loss, Objective
 from msae.sae.prefixes import pareto_prefixes, resolve_prefixes
 from msae.sae.sparsity import L0Controller, Sparsity, batch_topk, jumprelu, quantile_thresholds, topk
-
-__all__ = [
-    "AuxK",
-    "DenseCode",
-    "DictionaryAdam",
-    "L0Controller",
-    "Loss",
-    "MatryoshkaSAE",
-    "Objective",
-    "SparseCode",
-    "Sparsity",
-    "auxk_loss",
-    "batch_topk",
-    "choose_kernels",
-    "encode_for_training",
-    "encode_sparse",
-    "fold",
-    "fold_decoder_norm",
-    "geometric_median",
-    "jumprelu",
-    "load_sae",
-    "matryoshka_loss",
-    "pareto_prefixes",
-    "permute",
-    "prefix_errors",
-    "quantile_thresholds",
-    "reconstruct",
-    "resolve_prefixes",
-    "save_sae",
-    "topk",
-    "truncate",
-]

@@ -97,8 +97,7 @@ def permute(sae: MatryoshkaSAE, order: Int[Tensor, " d_sae"], optimizer: torch.o
     Every tensor of the optimizer's state that has a parameter's shape moves with that parameter.
     """
     for name, axis in sae.LATENT_AXIS.items():
-        tensor = sae.tensor(name)
-        assert tensor is not None
+        tensor = getattr(sae, name)
         state = {} if optimizer is None else optimizer.state.get(tensor, {})
         for t in (tensor.data, *state.values()):
             if isinstance(t, Tensor) and t.shape == tensor.shape:

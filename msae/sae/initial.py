@@ -1,7 +1,6 @@
 """How an SAE starts: directions of encoder and decoder, and where b_dec begins."""
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -26,23 +25,6 @@ class Init:
     """Where b_dec begins: 0, E y', or the geometric median of the first batch."""
 
 
-def _normal(d_sae: int, d_in: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(d_sae, d_in, generator=generator) / math.sqrt(d_in)
-
-
-def _uniform(d_sae: int, d_in: int, generator: torch.Generator) -> Tensor:
-    bound = math.sqrt(6 / d_sae)  # Kaiming's for a weight [d_in, d_sae]
-    return (2 * torch.rand(d_sae, d_in, generator=generator) - 1) * bound
-
-
-DRAWS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
-    "tied": _normal,
-    "tied_uniform": _uniform,
-    "uniform": _uniform,
-    "normal": _normal,
-}
-
-
 def initial_weights(
     d_in: int, d_sae: int, d_out: int | None, init: InitialWeights, decoder_norm: float, seed: int
 ) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, "d_sae d_out"]]:
@@ -53,11 +35,18 @@ def initial_weights(
     W_enc lies in memory latent by latent (a transposed view), so that a latent's gradient is one whole row.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = DRAWS[init](d_sae, d_in, generator)
+
+    def draw(d: int) -> Tensor:
+        if init in ("tied", "normal"):
+            return torch.randn(d_sae, d, generator=generator) / math.sqrt(d)
+        bound = math.sqrt(6 / d_sae)  # Kaiming's for a weight [d, d_sae]
+        return (2 * torch.rand(d_sae, d, generator=generator) - 1) * bound
+
+    drawn = draw(d_in)
     W_dec = normalize(drawn, dim=1) * decoder_norm
     W_enc = W_dec.clone().T if init.startswith("tied") else drawn.T
     if d_out is not None:
-        W_dec = normalize(DRAWS[init](d_sae, d_out, generator), dim=1) * decoder_norm
+        W_dec = normalize(draw(d_out), dim=1) * decoder_norm
     return W_enc, W_dec
 
 

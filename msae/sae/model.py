@@ -39,6 +39,8 @@ class MatryoshkaSAE(nn.Module):
     threshold_weight: Tensor
     scale: Tensor
     mean: Tensor
+    output_scale: Tensor
+    output_mean: Tensor
     tokens_since_fired: Tensor
     use: Tensor
 
@@ -47,9 +49,7 @@ class MatryoshkaSAE(nn.Module):
         *("threshold", "prefix_thresholds", "threshold_ema", "threshold_weight", "use"),
         *("scale", "mean", "output_scale", "output_mean"),
     )
-    LATENT_AXIS: ClassVar[dict[str, int]] = {"W_enc": 1} | dict.fromkeys(
-        ("b_enc", "W_dec", "threshold", "tokens_since_fired", "use"), 0
-    )
+    LATENT_AXIS: ClassVar = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0, "tokens_since_fired": 0, "use": 0}
 
     def __init__(
         self,
@@ -73,10 +73,7 @@ class MatryoshkaSAE(nn.Module):
             raise ValueError(f"model.k={k} must be positive and at most d_sae={d_sae}")
         self.sparsity = sparsity_of(sparsity)
         if self.ranks_at_inference and k != int(k):
-            name = self.sparsity.name
-            raise ValueError(
-                f"model.k={k} must be whole with model.sparsity={name}, which keeps k latents of each token"
-            )
+            raise ValueError(f"model.k={k} must be whole with model.sparsity={self.sparsity.name}: k of each token")
         self.d_in, self.d_sae, self.d_out, self.k = d_in, d_sae, d_out or d_in, k
         self.is_transcoder = d_out is not None
         self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
@@ -114,12 +111,12 @@ class MatryoshkaSAE(nn.Module):
     @property
     def target_scale(self) -> Tensor:
         """s_y: an autoencoder's is that of its input."""
-        return self._buffers["output_scale"] if self.is_transcoder else self.scale  # type: ignore[return-value]
+        return self.output_scale if self.is_transcoder else self.scale
 
     @property
     def target_mean(self) -> Tensor:
         """μ_y [d_out]: an autoencoder's is that of its input."""
-        return self._buffers["output_mean"] if self.is_transcoder else self.mean  # type: ignore[return-value]
+        return self.output_mean if self.is_transcoder else self.mean
 
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, besides sizes, that decide how this SAE encodes and decodes."""
@@ -132,18 +129,13 @@ class MatryoshkaSAE(nn.Module):
         }
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        exact = {name: t.detach() for name in self._EXACT if (t := self.tensor(name)) is not None}
+        exact = {name: getattr(self, name).detach() for name in self._EXACT if hasattr(self, name)}
         super()._apply(fn, recurse)
         for name, before in exact.items():
-            after = self.tensor(name)
-            assert after is not None
+            after = getattr(self, name)
             if torch.finfo(after.dtype).bits < 32:
                 after.data = before.to(after.device, torch.float32)
         return self
-
-    def tensor(self, name: str) -> Tensor | None:
-        """A parameter or buffer, None if this SAE has none of that name."""
-        return self._buffers.get(name, self._parameters.get(name))
 
     # --- encode and decode --------------------------------------------------------------------------------------------
 

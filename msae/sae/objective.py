@@ -36,11 +36,6 @@ class Loss(NamedTuple):
     terms: Mapping[str, Tensor]
     code: "Code"
 
-    @property
-    def acts(self) -> Float[Tensor, "batch d_sae"]:
-        """The activations as a matrix."""
-        return self.code.dense()
-
 
 def dense_loss(
     sae: MatryoshkaSAE,
@@ -174,7 +169,7 @@ class Code(Protocol):
     """The activations of a batch, dense or sparse."""
 
     @property
-    def values(self) -> Tensor:
+    def acts(self) -> Tensor:
         """The activations of every entry, or of those that are active."""
 
     def fired(self) -> Int[Tensor, " d_sae"]:
@@ -192,10 +187,6 @@ class DenseCode(NamedTuple):
 
     pre: Tensor
     acts: Tensor
-
-    @property
-    def values(self) -> Tensor:
-        return self.acts
 
     def fired(self) -> Tensor:
         return (self.acts > 0).sum(0)
@@ -268,15 +259,8 @@ def _run_errors(acts: Tensor, y: Tensor, W_dec: Tensor, b_dec: Tensor, cumulativ
 
 # --- further terms ----------------------------------------------------------------------------------------------------
 
-ORTHOGONALITY_CHUNK = 8192  # latents that are compared with each other
 
-
-def orthogonality(sae: MatryoshkaSAE, code: Code, y: Tensor) -> Float[Tensor, ""]:
-    """`orthogonality_penalty` of the decoder."""
-    return orthogonality_penalty(sae.W_dec, ORTHOGONALITY_CHUNK)
-
-
-def orthogonality_penalty(W_dec: Float[Tensor, "d_sae d_out"], chunk: int) -> Float[Tensor, ""]:
+def orthogonality_penalty(W_dec: Float[Tensor, "d_sae d_out"], chunk: int = 8192) -> Float[Tensor, ""]:
     """Mean over latents i of max_{j≠i} cos²(W_dec,i, W_dec,j), j in the same chunk (OrtSAE, arXiv 2509.22033).
 
     Latents are dealt into random chunks of at most `chunk`, anew at each call, so the cost is linear in d_sae.
@@ -300,4 +284,4 @@ class Term(NamedTuple):
 
 
 # To add a term, write loss(sae, code, y') and give it a name here; model.objective.terms has its weight.
-TERMS: dict[str, Term] = {"orthogonality": Term(orthogonality)}
+TERMS: dict[str, Term] = {"orthogonality": Term(lambda sae, code, y: orthogonality_penalty(sae.W_dec))}

@@ -25,18 +25,14 @@ def resolve_prefixes(prefixes: Sequence[int | float], d_sae: int) -> list[int]:
     `[0.25, 1.0]` of 64 is `[16, 64]`. Raises ValueError unless they are strictly increasing, positive and end at d_sae.
     """
     if not prefixes:
-        raise ValueError(
-            f"model.prefixes is empty, expected cumulative widths that end at d_sae={d_sae}, e.g. [{d_sae}]"
-        )
+        raise ValueError(f"model.prefixes is empty, expected cumulative widths that end at d_sae, e.g. [{d_sae}]")
     widths = list(prefixes)
     if any(isinstance(p, float) for p in widths):
         if any(not 0 < p <= 1 for p in widths):
             raise ValueError(f"model.prefixes={widths} mixes fractions and widths, expected all in (0, 1] or all ints")
         exact = [p * d_sae for p in widths]
         if any(abs(e - round(e)) > 1e-6 for e in exact):
-            raise ValueError(
-                f"model.prefixes={widths} of d_sae={d_sae} are not whole widths ({exact}); give the widths as ints"
-            )
+            raise ValueError(f"model.prefixes={widths} of d_sae={d_sae} are not whole widths ({exact}); give ints")
         widths = [round(e) for e in exact]
     if widths[0] <= 0 or any(a >= b for a, b in pairwise(widths)):
         raise ValueError(f"model.prefixes={widths} must be positive and strictly increasing (cumulative widths)")

@@ -265,47 +265,32 @@ def topk(pre: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch d_
 # --- straight-through gradients to thresholds (Rajamanoharan et al. 2024, arXiv 2407.14435) ---------------------------
 
 
-def _near(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """The rectangle kernel K((pre − θ) / ε): 1 within half a bandwidth of the threshold."""
-    return ((pre - threshold).abs() < bandwidth / 2).to(pre.dtype)
+class _Jump(torch.autograd.Function):
+    """pre (or 1, if `is_step`) where pre > θ, with K((pre − θ)/ε) = 1 within half a bandwidth ε of the threshold."""
 
-
-class _JumpReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float, is_step: bool) -> Tensor:
         ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return torch.where(pre > threshold, pre, 0.0)
+        ctx.bandwidth, ctx.is_step = bandwidth, is_step
+        return (pre > threshold).to(pre.dtype) if is_step else torch.where(pre > threshold, pre, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         pre, threshold = ctx.saved_tensors
-        grad_threshold = -threshold / ctx.bandwidth * _near(pre, threshold, ctx.bandwidth) * grad
-        return grad * (pre > threshold), grad_threshold.sum_to_size(threshold.shape), None
-
-
-class _Step(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return (pre > threshold).to(pre.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        pre, threshold = ctx.saved_tensors
-        grad_threshold = -_near(pre, threshold, ctx.bandwidth) / ctx.bandwidth * grad
-        return None, grad_threshold.sum_to_size(threshold.shape), None
+        height = torch.ones_like(threshold) if ctx.is_step else threshold
+        near = ((pre - threshold).abs() < ctx.bandwidth / 2).to(pre.dtype)
+        grad_threshold = (-height / ctx.bandwidth * near * grad).sum_to_size(threshold.shape)
+        return None if ctx.is_step else grad * (pre > threshold), grad_threshold, None, None
 
 
 def jumprelu(pre: Float[Tensor, "*batch d"], threshold: Float[Tensor, " d"], bandwidth: float) -> Tensor:
     """pre · H(pre − θ), with ∂/∂θ = −θ/ε · K((pre − θ)/ε), K the rectangle (arXiv 2407.14435, eq. 11)."""
-    return _JumpReLU.apply(pre, threshold, bandwidth)
+    return _Jump.apply(pre, threshold, bandwidth, False)
 
 
 def count_above(pre: Float[Tensor, "*batch d"], threshold: Float[Tensor, " d"], bandwidth: float) -> Tensor:
     """H(pre − θ), with ∂/∂θ = −K((pre − θ)/ε)/ε and no gradient to pre."""
-    return _Step.apply(pre, threshold, bandwidth)
+    return _Jump.apply(pre, threshold, bandwidth, True)
 
 
 def l0_penalty(l0: Float[Tensor, "*batch"], target: float) -> Float[Tensor, ""]:

@@ -34,15 +34,15 @@ def model_identity(model: str, revision: str | None, patterns: tuple[str, ...]) 
     directory = local_directory(model)
     if directory is None:
         return {"name": model, "commit": hub_commit(model, revision)}
-    files = matching_files(directory, patterns)
+    return {"xxh3": content_hash(matching_files(model, directory, patterns))}
+
+
+def matching_files(model: str, directory: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """The model's files that match any of the patterns, sorted. Raises ValueError if there are none of a tokenizer."""
+    files = sorted({f for pattern in patterns for f in directory.glob(pattern) if f.is_file()})
     if patterns is TOKENIZER and not files:
         raise ValueError(no_tokenizer(model))
-    return {"xxh3": content_hash(files)}
-
-
-def matching_files(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """The files of a directory that match any of the patterns, sorted."""
-    return sorted({f for pattern in patterns for f in directory.glob(pattern) if f.is_file()})
+    return files
 
 
 def local_directory(model: str) -> Path | None:
@@ -85,8 +85,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     directory = local_directory(name)
     if directory is None:
         revision = hub_commit(name, revision)
-    elif not matching_files(directory, TOKENIZER):  # transformers would make an empty one of config.json in silence
-        raise ValueError(no_tokenizer(name))
+    else:
+        matching_files(name, directory, TOKENIZER)  # transformers would make an empty one of config.json in silence
     from transformers import AutoTokenizer
 
     try:

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -110,12 +111,10 @@ class LanguageModelSource:
         }
 
     def identity(self, hook_name: str) -> dict[str, Any]:
-        """The settings and content that decide the shards' bytes. Raises ValueError if the files do not exist."""
         others = {key: value for key, value in as_plain(self).items() if key not in (*NAMES, *NOT_IN_A_ROW)}
         return {"source": "language_model", "hook_name": hook_name, **self._content, **others}
 
     def provenance(self) -> dict[str, Any]:
-        """Paths as they were given, the device, and the versions of what computed the rows."""
         libraries = ("torch", "transformer_lens", "transformers", "datasets")
         versions = {name: importlib.metadata.version(name) for name in libraries}
         names = {key: getattr(self, key) for key in NAMES}
@@ -133,7 +132,6 @@ class LanguageModelSource:
         return min(self.val_tokens, math.ceil(self.tokens * self.val_fraction / (1 - self.val_fraction)))
 
     def most_rows(self) -> tuple[int, int]:
-        """Every token of a chunk's train sequences, and the limit of val rows."""
         return self._chunk_sequences * self.context, self._val_limit
 
     @property
@@ -145,11 +143,10 @@ class LanguageModelSource:
         return self._widths[hook_name]
 
     def bytes_per_row(self, hook_name: str) -> int:
-        """The row itself, its scale if it is int8, and int32 sequence, position and token."""
-        return self.width(hook_name) * STORED[self.dtype].itemsize + 4 * (self.dtype == "int8") + 3 * 4
+        index = 3 * 4  # sequence, position and token
+        return self.width(hook_name) * STORED[self.dtype].itemsize + 4 * (self.dtype == "int8") + index
 
     def truth(self) -> dict[str, Tensor] | None:
-        """None: nobody knows the features of a language model."""
         return None
 
     def chunks(self, state: dict[str, Any] | None) -> Iterator[Chunk]:
@@ -243,7 +240,8 @@ class LanguageModelSource:
             keep &= (keep.flatten().cumsum(0) <= most - before.get(f"{split}_tokens", 0)).view_as(keep)
             slots = torch.randperm(int(keep.sum()), generator=stream(self.seed, "rows", number, split))
             rows, scales = self._forward(bridge, tokens, keep, slots)
-            sequence, position = (into_slots(i.int(), slots) for i in keep.nonzero(as_tuple=True))
+            order = slots.argsort()
+            sequence, position = (i[order].int() for i in keep.nonzero(as_tuple=True))
             splits[split] = Split(rows, {"sequence": sequence, "position": position, "tokens": tokens}, scales)
         return splits
 
@@ -262,64 +260,51 @@ class LanguageModelSource:
         kept = [int(k.sum()) for k in keep.split(self.model_batch)]
         inside = (keep.flatten().nonzero()[:, 0] % keep[: self.model_batch].numel()).to(device)
         batches = zip(tokens.to(device).split(self.model_batch), inside.split(kept), slots.split(kept), strict=True)
-        running: Computed | None = None
-        for batch, index, into in batches:
-            if len(into) == 0:
-                continue
-            done, running = running, Computed(capture(bridge, batch, self.hook_names), index, into, dtype)
-            if done is not None:
-                self._collect(done, rows, scales)
-        assert running is not None, "a split without a token to keep was refused"
-        self._collect(running, rows, scales)
+        computed = (
+            (into, Computed(capture(bridge, batch, self.hook_names), index, dtype))
+            for batch, index, into in batches
+            if len(into)
+        )
+        for (into, done), _ in pairwise(chain(computed, [(slots, None)])):  # the next one runs
+            assert done is not None
+            for hook, (extremes, values, *scale) in done.arrived().items():
+                self._check_finite(hook, extremes)
+                rows[hook].index_copy_(0, into, values)
+                if scale:
+                    scales[hook].index_copy_(0, into, scale[0])
         return rows, scales
 
-    def _collect(self, computed: "Computed", rows: dict[str, Tensor], scales: dict[str, Tensor]) -> None:
-        """Put a batch's rows into their slots. Raises ValueError if one of them is not finite."""
-        for hook, (extremes, values, *scale) in computed.arrived().items():
-            stored = extremes if scale else extremes.to(values.dtype)  # a scale makes room for any finite value
-            if not stored.isfinite().all():
-                raise ValueError(not_finite(hook, extremes, self.dtype, self.model_dtype))
-            rows[hook].index_copy_(0, computed.slots, values)
-            if scale:
-                scales[hook].index_copy_(0, computed.slots, scale[0])
+    def _check_finite(self, hook_name: str, extremes: Tensor) -> None:
+        """Raise ValueError for rows that the storage type cannot hold; int8, with a scale, holds any finite ones."""
+        if not extremes.isfinite().all():
+            raise ValueError(
+                f"{hook_name} is NaN or Inf in the model itself, which ran in {self.model_dtype}; "
+                "set data.source.model_dtype=float32, or check the weights"
+            )
+        if not extremes.to(STORED[self.dtype]).isfinite().all():
+            raise ValueError(
+                f"{hook_name} reaches {float(extremes.abs().max()):.3g}, which overflows {self.dtype}; "
+                "store it with data.source.dtype=bfloat16"
+            )
 
 
 class Computed:
     """One batch's rows on their way to the host, in the storage dtype, with each hook's least and greatest value."""
 
-    def __init__(self, captured: dict[str, Tensor], index: Tensor, slots: Tensor, dtype: torch.dtype) -> None:
-        self.slots = slots
+    def __init__(self, captured: dict[str, Tensor], index: Tensor, dtype: torch.dtype) -> None:
         self._event = torch.cuda.Event() if index.is_cuda else None
         self._values = {}
         for hook, values in captured.items():
             rows = values.flatten(0, 1).index_select(0, index).flatten(1)
             stored = quantise(rows) if dtype == torch.int8 else (rows.to(dtype),)
             # Two numbers are enough: a cast keeps order, so it overflows at the extremes if anywhere, and NaN spreads.
-            tensors = (torch.stack(rows.aminmax()), *stored)
-            self._values[hook] = tuple(t.to("cpu", non_blocking=index.is_cuda) for t in tensors)  # pinned by to()
+            extremes = torch.stack(rows.aminmax())
+            self._values[hook] = [t.to("cpu", non_blocking=index.is_cuda) for t in (extremes, *stored)]  # pinned
         if self._event is not None:
             self._event.record()
 
-    def arrived(self) -> dict[str, tuple[Tensor, ...]]:
+    def arrived(self) -> dict[str, list[Tensor]]:
         """Hook → least and greatest value [2], rows [kept, d_in], and scales [kept] if int8; waits for the copies."""
         if self._event is not None:
             self._event.synchronize()
         return self._values
-
-
-def into_slots(values: Tensor, slots: Tensor) -> Tensor:
-    """Put value i into slot i."""
-    return torch.empty_like(values).index_copy_(0, slots, values)
-
-
-def not_finite(hook_name: str, extremes: Tensor, dtype: str, model_dtype: str) -> str:
-    """The line for rows that the storage type cannot hold."""
-    if extremes.isfinite().all():
-        return (
-            f"{hook_name} reaches {float(extremes.abs().max()):.3g}, which overflows {dtype}; "
-            "store it with data.source.dtype=bfloat16"
-        )
-    return (
-        f"{hook_name} is NaN or Inf in the model itself, which ran in {model_dtype}; "
-        "set data.source.model_dtype=float32, or check the weights"
-    )

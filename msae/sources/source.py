@@ -37,46 +37,35 @@ class Source(Protocol):
     @property
     def hook_names(self) -> list[str]:
         """The sites harvested in one pass; each gets a shard directory of its own."""
-        ...
 
     @property
     def name(self) -> str:
         """A short readable name for directories, such as `gpt2` or `tree`."""
-        ...
 
     @property
     def budget_key(self) -> str:
         """The configuration key that says how many rows to make, for messages."""
-        ...
 
     def identity(self, hook_name: str) -> dict[str, Any]:
         """JSON that decides the content of this hook's shards; equal identity, equal directory."""
-        ...
 
     def provenance(self) -> dict[str, Any]:
         """JSON that is recorded but does not decide the directory: paths, library versions."""
-        ...
 
     def expected_rows(self) -> int:
         """The most rows, train and val, that the harvest writes."""
-        ...
 
     def most_rows(self) -> tuple[int, int]:
         """The most training rows of one chunk, and the most held-out rows of all chunks together."""
-        ...
 
     def width(self, hook_name: str) -> int:
         """The width of a row at this hook."""
-        ...
 
     def bytes_per_row(self, hook_name: str) -> int:
         """Bytes that one row takes on disk, in int8 with the 4 of its scale."""
-        ...
 
     def chunks(self, state: dict[str, Any] | None) -> Iterator[Chunk]:
         """The chunks from the start (None) or after the chunk of this state; deterministic either way."""
-        ...
 
     def truth(self) -> dict[str, Tensor] | None:
         """The features that a synthetic source knows, written as truth.safetensors beside its shards."""
-        ...

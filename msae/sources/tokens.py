@@ -20,11 +20,9 @@ def special_ids(tokenizer: Any) -> list[int]:
     return sorted(added | {i for i in tokenizer.all_special_ids if i is not None})
 
 
-def keep_mask(tokens: Tensor, special_ids: Iterable[int], attention_mask: Tensor | None = None) -> Tensor:
-    """Which tokens count, bool of the shape of `tokens`: not special by id, not masked; never by position."""
-    special = torch.tensor(sorted(special_ids), dtype=tokens.dtype, device=tokens.device)
-    keep = ~torch.isin(tokens, special)
-    return keep if attention_mask is None else keep & attention_mask.bool()
+def keep_mask(tokens: Tensor, special_ids: Iterable[int]) -> Tensor:
+    """Which tokens count, bool of the shape of `tokens`: those not special by id, whatever their position."""
+    return ~torch.isin(tokens, torch.tensor(sorted(special_ids), dtype=tokens.dtype, device=tokens.device))
 
 
 class Packer:
@@ -82,12 +80,10 @@ class TokenChunk:
 
 def separator_of(tokenizer: Any, prepend_bos: bool) -> int | None:
     """BOS, or EOS where there is none. Raises ValueError if `prepend_bos` is on and there is neither."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    if prepend_bos:
+    ids = [int(i) for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
+    if prepend_bos and not ids:
         raise ValueError("the tokenizer has neither BOS nor EOS; set data.source.prepend_bos=false")
-    return None
+    return ids[0] if ids else None
 
 
 def in_val(index: int, seed: int, val_fraction: float) -> bool:

@@ -61,8 +61,9 @@ class SaveWhenStopping(L.Callback):
 class TokenProgress(L.Callback):
     """A bar over the token budget with the rate, the time left and the widest prefix's loss."""
 
-    def __init__(self, refresh_steps: int = 50) -> None:
-        self.refresh_steps = refresh_steps
+    REFRESH_STEPS = 50
+
+    def __init__(self) -> None:
         self._bar = progress(0, "train", disable=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -80,7 +81,7 @@ class TokenProgress(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step - self._shown >= self.refresh_steps or step == trainer.max_steps:
+        if step - self._shown >= self.REFRESH_STEPS or step == trainer.max_steps:
             self._bar.set_postfix(loss=f"{float(outputs['loss']):.4g}", refresh=False)
             self._bar.update((step - self._shown) * self.tokens_per_step)
             self._shown = step

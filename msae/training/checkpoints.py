@@ -48,9 +48,9 @@ def find_checkpoint(ckpt_path: str | None, run_dir: str | None, runs: str, name:
     """The checkpoint to resume: `last` is that of run_dir or of the newest run of this name; else a run or a file."""
     if ckpt_path is None:
         return None
-    given = Path(run_dir if ckpt_path == "last" and run_dir else ckpt_path)
-    if ckpt_path == "last" and run_dir is None:
-        run = last_run(name, runs)
+    given = Path(ckpt_path)
+    if ckpt_path == "last":
+        run = last_run(name, runs) if run_dir is None else Run(run_dir)
     elif given.is_file():  # this one, not the run's last
         if problem := unreadable(given):
             raise ValueError(f"ckpt_path: {problem}; give ckpt_path=last or a checkpoint of a run")

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from msae import __version__
 from msae.data.activations import Activations
-from msae.data.batches import TrainBatches, ValBatches
+from msae.data.batches import TrainBatches, ValBatches, as_pair
 from msae.data.datamodule import ActivationData
 from msae.evaluation.evaluate import Evaluation, HeldOut, calibrate, evaluate
 from msae.evaluation.pictures import truth_pictures
@@ -124,10 +124,10 @@ def build_module(recipes: dict[str, Recipe], activations: Activations) -> Matryo
         plain[name] = as_plain(changed(recipe, d_in=shards.d_in, d_out=None if target is None else target.d_in))
     module = MatryoshkaTraining(plain)
     first: Tensor | None = None
+    if any(recipe.init.b_dec == "geometric_median" for recipe in recipes.values()):
+        batches = TrainBatches(target or shards, activations.data.batch_tokens, 1, activations.data.seed)
+        first = as_pair(batches.batch(0), module.sae.W_dec)[1]
     for _, step in module.living():
-        if step.recipe.init.b_dec == "geometric_median" and first is None:
-            batch = TrainBatches(target or shards, activations.data.batch_tokens, 1, activations.data.seed).batch(0)
-            first = batch if isinstance(batch, Tensor) else batch[1]
         step.start_from((shards.mean, shards.mean_square), of_target, first)
     return module
 
@@ -163,9 +163,9 @@ def fit(
     trainer: L.Trainer, module: MatryoshkaTraining, activations: Activations, checkpoint: Path | None, run: Run
 ) -> None:
     """Train to the end; a signal ends the process after a checkpoint, with a line that says how to go on."""
-    data, path = ActivationData(activations), str(checkpoint) if checkpoint else None
+    path = str(checkpoint) if checkpoint else None
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        trainer.fit(module, datamodule=ActivationData(activations), ckpt_path=path, weights_only=True)
     except Interrupted as stop:
         say(f"{stop}\nresume with the same command and run_dir={run} ckpt_path=last")
         raise SystemExit(stop.exit_code) from None
@@ -236,19 +236,15 @@ class Ending:
             if name:
                 say(f"arm {name}")
             of_arm = export(step, self.activations, self.run.arm(name), self.plan.evaluation) | tokens
-            metrics[name] = of_arm if name else of_arm | self.seconds()
+            metrics[name] = of_arm if name else of_arm | {"seconds": time.perf_counter() - self.started}
             self.report(name, step, metrics[name])
         if arms:
             self.run.write_arms([changed(arm, error=self.module.failed.get(arm.name)) for arm in arms])
             if self.activations.shards.truth is not None:
                 with SummaryWriter(self.run.tensorboard) as writer:
                     self.draw({name: step.sae for name, step in self.module.living()}, self.run, writer)
-            self.run.write_metrics(tokens | self.seconds())
+            self.run.write_metrics(tokens | {"seconds": time.perf_counter() - self.started})
         return metrics
-
-    def seconds(self) -> dict[str, float]:
-        """How long the run has taken."""
-        return {"seconds": time.perf_counter() - self.started}
 
     def report(self, name: str, step: Step, metrics: dict[str, float]) -> None:
         """An arm's figures as metrics.json, in TensorBoard beside the settings, and its pictures."""

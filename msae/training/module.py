@@ -43,7 +43,6 @@ class MatryoshkaTraining(L.LightningModule):
         self._sums: dict[str, ReconstructionSums] = {}
 
     def step(self, name: str = "") -> Step:
-        """The step of an arm."""
         step = self.steps[self.names.index(name)]
         assert isinstance(step, Step)
         return step
@@ -76,7 +75,6 @@ class MatryoshkaTraining(L.LightningModule):
 
     @property
     def moment(self) -> Moment:
-        """Where the run is."""
         return Moment(self.trainer.global_step, self.trainer.max_steps, self.trainer.world_size)
 
     def configure_optimizers(self) -> Any:
@@ -127,7 +125,6 @@ class MatryoshkaTraining(L.LightningModule):
         return bool(self.loggers) and (step == 0 or (step + 1) % every == 0)
 
     def _log(self, name: str, metrics: dict[str, float], step: int) -> None:
-        """To this arm's logger."""
         if self.loggers:
             self.loggers[self.names.index(name)].log_metrics(metrics, step=step)
 
@@ -155,20 +152,17 @@ class MatryoshkaTraining(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, step in self.living():
-            metrics = self._validation_metrics(name, step.sae)
+            sae, sums = step.sae, self._sums[name]
+            for tensor in sums.tensors.values():
+                summed(tensor, self.trainer.world_size)
+            seen = sums.metrics()
+            for width in sae.prefixes:  # in scaled units, comparable with train/loss
+                seen[f"loss/p{width}"] = seen[f"mse/p{width}"] * sae.d_out * float(sae.target_scale) ** 2
+            metrics = {f"val/{key}": value for key, value in seen.items() if key.split("/")[0] in METRICS}
             self._log(name, metrics, self.trainer.global_step)
             if len(self.names) == 1:
                 self.log_dict(metrics, logger=False)  # for the best checkpoint
         self._clock = None  # validation's time is not training's
-
-    def _validation_metrics(self, name: str, sae: MatryoshkaSAE) -> dict[str, float]:
-        """`val/{name}/p{width}` over the batches that validation has seen on all ranks."""
-        for tensor in self._sums[name].tensors.values():
-            summed(tensor, self.trainer.world_size)
-        metrics = self._sums[name].metrics()
-        for width in sae.prefixes:  # in scaled units, comparable with train/loss
-            metrics[f"loss/p{width}"] = metrics[f"mse/p{width}"] * sae.d_out * float(sae.target_scale) ** 2
-        return {f"val/{key}": value for key, value in metrics.items() if key.split("/")[0] in METRICS}
 
     # --- resuming -----------------------------------------------------------------------------------------------------
 
@@ -196,21 +190,17 @@ class JointAdam(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of each; the closure, which Lightning gives, computes all gradients."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         for adam in self.adams:
             if adam.sae.W_dec.grad is not None:
                 adam.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Their states, in order."""
         return {"arms": [adam.state_dict() for adam in self.adams]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As each one's own."""
         for adam, state in zip(self.adams, state_dict["arms"], strict=True):
             adam.load_state_dict(state)
         self.param_groups = [group for adam in self.adams for group in adam.param_groups]

@@ -18,7 +18,6 @@ from msae.sae import (
     permute,
     prefix_errors,
 )
-from msae.sae.objective import Code
 from msae.seeds import stream
 from msae.training.settings import Recipe
 
@@ -132,9 +131,11 @@ class Step(nn.Module):
         inner = recipe.fading.weight(at.step, at.total)
         loss = matryoshka_loss(sae, x, recipe.objective, dead, y, self.prefixes(at.step), weight, code, inner)
         if sae.sparsity.threshold_is == "calibrated":
-            sae.update_threshold(code.values.detach(), recipe.threshold_rate)
+            sae.update_threshold(code.acts.detach(), recipe.threshold_rate)
         if recipe.resort_rate is not None:
-            self._update_use(code, recipe.resort_rate, at.world)
+            norm = sae.contribution_norm()
+            use = code.mean_square(norm.detach() if isinstance(norm, Tensor) else norm)
+            sae.update_use((summed(use, at.world) / at.world).detach(), recipe.resort_rate)
         if not recipe.dead.includes_batch:
             sae.update_fired(everywhere, tokens)
         return StepBatch(x, y, loss, fired, dead, weight)
@@ -143,11 +144,6 @@ class Step(nn.Module):
         """Bool [d_sae]: the latents that are dead by now, with batches of so many tokens."""
         dead = self.recipe.dead
         return self.sae.dead(dead.after_tokens if dead.after_steps is None else dead.after_steps * tokens)
-
-    def _update_use(self, code: Code, rate: float, world: int) -> None:
-        norm = self.sae.contribution_norm()
-        use = summed(code.mean_square(norm.detach() if isinstance(norm, Tensor) else norm), world) / world
-        self.sae.update_use(use.detach(), rate)
 
     def after_update(self) -> None:
         """What follows the optimizer's update."""

@@ -55,7 +55,7 @@ def test_loss_and_gradients(dead, group_weights, dtype):
     module.sae.b_enc.data -= 1  # so that some latents are silent
     share(module.sae, trainer.ae)
     x = rows(dtype=dtype)
-    silent = (loss_of(module, x).acts == 0).all(0)
+    silent = (loss_of(module, x).code.dense() == 0).all(0)
     if dead == "all":  # they count the batch before they ask who is dead
         trainer.dead_feature_threshold = 0
         silent[:] = True

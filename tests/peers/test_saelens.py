@@ -76,7 +76,7 @@ def assert_same_as(
     x = rows(dtype=sae.W_dec.dtype)
     loss = loss_of(module, x, dead, sparsity_weight=sum(penalty.values()))
     output = theirs.training_forward_pass(TrainStepInput(x, penalty, dead, 0, False))
-    assert torch.equal(loss.acts > 0, output.feature_acts > 0)
+    assert torch.equal(loss.code.dense() > 0, output.feature_acts > 0)
     assert_same_loss(loss, sae, output.loss, theirs, *more, tolerance=tolerance)
     return loss, output
 
@@ -93,7 +93,7 @@ def test_matryoshka_loss_and_gradients(rescale, dead, per_level, k, dtype):
     randomise(module.sae)
     loss, output = assert_same_as(module, theirs, mask(dead))
     assert (float(output.losses["auxiliary_reconstruction_loss"]) > 0) == (dead != "none")
-    assert (loss.acts > 0).sum() == k * BATCH
+    assert (loss.code.dense() > 0).sum() == k * BATCH
 
 
 TRAINING = {

@@ -148,12 +148,10 @@ function edgeHead() {
 }
 
 function edgeRow(edge, other) {
-  const [parent, child, survives, figures, passed] = edge;
-  const kept = core.parent[child] === parent;
-  const note = survives && !kept ? el("span.quiet.note", "survives, the forest keeps another parent") : null;
+  const [, , , figures, passed] = edge;
   return el(
     "tr",
-    el("th", { scope: "row" }, link(other), note),
+    el("th", { scope: "row" }, link(other)),
     figures.map((value, i) => {
       const mark =
         passed[i] == null

@@ -43,11 +43,6 @@ class SparseCode:
         numbers = torch.arange(self.batch, device=self.offsets.device)
         return numbers.repeat_interleave(self.offsets.diff(), output_size=len(self.latents))
 
-    @property
-    def values(self) -> Float[Tensor, " n"]:
-        """The activations; all other entries of the matrix are 0."""
-        return self.acts
-
     def fired(self) -> Int[Tensor, " d_sae"]:
         """In how many rows each latent is active."""
         counts = torch.zeros(self.d_sae, dtype=torch.int64, device=self.acts.device)
@@ -161,10 +156,8 @@ def sparse_encode(
     with torch.autocast(device, enabled=False):
         screen = Screen(sae, x, KERNELS[kernels], in_bfloat16)
         if inference:
-            code: TrainingCode | None = sae.sparsity.infer_active(screen, sae.k, sae.known_threshold())
-        else:
-            code = sae.sparsity.active(screen, sae.k, sae.threshold)
-    return code
+            return sae.sparsity.infer_active(screen, sae.k, sae.known_threshold())
+        return sae.sparsity.active(screen, sae.k, sae.threshold)
 
 
 class Screen:

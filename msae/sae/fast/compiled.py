@@ -107,7 +107,6 @@ class Compiled(Plain):
         return flat, u
 
     def by_latent(self, latents: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
-        """By counting."""
         if latents.device.type != "cpu" or library() is None:
             return super().by_latent(latents, d_sae)
         order, ends = torch.empty_like(latents), latents.new_empty(d_sae + 1)
@@ -115,7 +114,6 @@ class Compiled(Plain):
         return order, ends
 
     def residuals(self, code: Decoding, target: Tensor) -> tuple[Tensor, Tensor]:
-        """A row at a time."""
         if not able(code.acts, code.W_dec, target):
             return super().residuals(code, target)
         batch, d = target.shape
@@ -150,17 +148,14 @@ class Compiled(Plain):
         return squares.mean(0), grad_acts, grad_W_dec, grad_b_dec
 
     def can_step(self, *tensors: Tensor) -> bool:
-        """Whether all are float32 on the CPU and lie in memory row by row."""
         return able(*tensors)
 
     def project(self, grad: Tensor, W: Tensor | None) -> Tensor:
-        """One pass over memory."""
         squares = grad.new_empty(len(grad), dtype=torch.float64)
         call("msae_project", grad, W, *grad.shape, squares)
         return squares
 
     def adam(self, W: Tensor, grad: Tensor, moments: Moments, scale: Tensor, rates: Rates, unit_norm: bool) -> None:
-        """One pass over memory."""
         (lr, beta1, beta2, eps), (*averages, step) = rates, moments
         step_size, root = lr / (1 - beta1 ** int(step)), math.sqrt(1 - beta2 ** int(step))
         call("msae_adam", W, grad, *averages, *W.shape, float(scale), beta1, beta2, step_size, root, eps, unit_norm)

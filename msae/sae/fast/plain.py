@@ -119,7 +119,8 @@ class Plain:
         for row in range(0, len(h), rows):
             inputs = h[row : row + rows]
             u = torch.addmm(b, inputs, W.T, out=buffer[: len(inputs)])
-            kept = _largest_of_rows(u if norm is None else u * norm, k)
+            ranked = u if norm is None else u * norm
+            kept = ranked.topk(min(k, d_sae), dim=1, sorted=False).indices
             starts = torch.arange(row, row + len(inputs), device=h.device)[:, None] * d_sae
             flats.append((kept + starts).flatten())
             values.append(u.gather(1, kept).flatten())
@@ -230,25 +231,3 @@ def _true(flags: Bool[Tensor, " n"]) -> Int[Tensor, " true"]:
     eights = flags.view(torch.int64).nonzero()
     row, column = flags.view(-1, 8)[eights.squeeze(1)].nonzero(as_tuple=True)
     return eights.squeeze(1)[row] * 8 + column
-
-
-def _largest_of_rows(pre: Float[Tensor, "rows width"], k: int) -> Int[Tensor, "rows k"]:
-    """Columns of each row's k largest.
-
-    The k-th largest of the maxima of groups of columns is at most the k-th largest of all, so what lies below it
-    needs no sorting.
-    """
-    rows, width = pre.shape
-    group = max(1, width // (8 * k))
-    if group == 1 or k >= width:
-        return pre.topk(min(k, width), dim=1, sorted=False).indices
-    whole = width // group * group
-    maxima = pre[:, :whole].view(rows, -1, group).amax(2)
-    bar = maxima.topk(k, dim=1).values[:, -1:]
-    row, column = (~(pre < bar)).nonzero(as_tuple=True)
-    counts = torch.bincount(row, minlength=rows)
-    slot = torch.arange(len(row), device=pre.device) - (counts.cumsum(0) - counts)[row]
-    columns = torch.zeros(rows, int(counts.max()), dtype=torch.int64, device=pre.device)
-    values = torch.full(columns.shape, -torch.inf, dtype=pre.dtype, device=pre.device)
-    columns[row, slot], values[row, slot] = column, pre[row, column]
-    return columns.gather(1, values.topk(k, dim=1, sorted=False).indices)
