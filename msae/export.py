@@ -35,19 +35,19 @@ class Export:
     sae: str
     """runs/<run>, a directory in any form that is read, or hub:user/repo/sae_id."""
     revision: str | None = None
-    """Of hub:…"""
+    """Branch, tag or commit of an SAE on the Hub."""
     prefix: Count | None = None
     """Only the first so many latents."""
     own_threshold: bool = False
-    """With the threshold calibrated for them alone."""
+    """With `prefix`: the threshold calibrated for these latents alone."""
     to: Literal["saelens", "saelens_training", "dictionary_learning", "sparsify"] = "saelens"
     """The form to write."""
     out: str | None = None
-    """A new directory."""
+    """A new or empty directory to write to."""
     push: str | None = None
     """user/repo or user/repo/sae_id on the Hugging Face Hub."""
     private: bool = False
-    """If the repo is made."""
+    """Make the repository private, where `push` makes one."""
 
     def __post_init__(self) -> None:
         if self.out is None and self.push is None:

@@ -257,7 +257,7 @@ LIMITS = [
     LOOSE,
     changed(LOOSE, coverage=0.7, superparent=0.3, parents=2, matched=1),
     changed(NO_Z, matched=3, parents=1),
-    changed(NO_Z, coverage=0.3, mcs=-1.0, matched=1000, parents=100, superparent=1.1),
+    changed(NO_Z, coverage=0.3, mcs=-1.0, matched=1000, parents=100, superparent=1.0),
 ]
 
 

@@ -34,6 +34,9 @@ def help_text(command: str, cls: type, groups: Mapping[str, Iterable[str]]) -> s
 
 def markdown_table(listed: Iterable[Key]) -> str:
     """Keys as a table: name, what it may be, default, meaning."""
-    rows = [(f"`{key.name}`", key.expected, f"`{key.default}`" if key.default else "", key.meaning) for key in listed]
+    rows = [
+        (f"`{key.name}`", key.expected, f"`{key.default}`" if key.default else "", key.meaning.replace("<", "\\<"))
+        for key in listed
+    ]
     cells = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
     return "\n".join(["| key | may be | default | meaning |", "|---|---|---|---|", *(f"| {row} |" for row in cells)])

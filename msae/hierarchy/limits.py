@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msae.settings import Count, as_plain, settings
+from msae.settings import Count, NonNegative, Share, as_plain, settings
 
 COMPARE = {"≥": operator.ge, "≤": operator.le, "<": operator.lt, "": operator.eq}
 
@@ -14,15 +14,15 @@ COMPARE = {"≥": operator.ge, "≤": operator.le, "<": operator.lt, "": operato
 class Limits:
     """What an edge must reach to survive. Every figure is kept, so that a reader can draw the lines elsewhere."""
 
-    floor: float = 0.02
+    floor: Share = 0.02
     """Share of its own maximum below which a latent counts as silent."""
     least: Count = 20
     """Rows on which a latent must fire to be looked at."""
-    coverage: float = 0.5
+    coverage: Share = 0.5
     """P(parent | child) is at least this, P(child | parent) less."""
-    lift: float = 2.0
+    lift: NonNegative = 2.0
     """Coverage is at least this many times that of chance."""
-    fdr: float = 0.01
+    fdr: Share = 0.01
     """False-discovery rate of coverage above chance."""
     mcs: float = 0.6
     """Directed MCS is at least this."""
@@ -30,7 +30,7 @@ class Limits:
     """The child explains at least this share of what the parent leaves."""
     z: float = 3.0
     """Removing the parent hurts more than removing another latent by at least this many standard errors."""
-    superparent: float = 0.5
+    superparent: Share = 0.5
     """A parent covers at most this share of the rarer latents."""
     sibling: float = 0.3
     """Cosine of two children below which they share nothing that the parent lacks."""

@@ -14,13 +14,13 @@ class Runs:
 
     runs: str = "runs"
     """Directory of the runs."""
-    name: str = ""
-    """Only runs whose path has this in it."""
+    name: str | None = None
+    """Only runs whose path contains this; null: all."""
 
 
 @command("runs", Runs)
 def main(options: Runs, _: DictConfig) -> None:
-    found = [run for run in all_runs(options.runs) if options.name in str(run)]
+    found = [run for run in all_runs(options.runs) if (options.name or "") in str(run)]
     if not found:
         raise ValueError(f"there are no runs in {options.runs}; python -m msae.train makes one")
     print_runs(found)

@@ -13,9 +13,9 @@ class LearningRate:
     """A rise to the learning rate, and a fall from it."""
 
     warmup_steps: Natural = 1000
-    """Steps of the rise."""
+    """Steps over which the learning rate rises."""
     warmup_shape: Literal["linear", "cosine"] = "linear"
-    """Its shape."""
+    """Shape of the rise."""
     warmup_start: Share | None = None
     """Share of lr at the first step; null: as if one step were done."""
     decay_start: Share = 0.8
@@ -40,9 +40,9 @@ class Fading:
     """The weight of all levels but the outermost: 1, then falling, then 0."""
 
     between: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
-    """Two shares of all steps between which the weight falls; then the outermost is trained alone. null: never."""
+    """Shares of all steps between which the weight falls; then the outermost level is trained alone. null: never."""
     end: Share = 0.02
-    """What it falls to, by a constant factor a step; 0: linearly."""
+    """Weight at the end of the fall, reached by a constant factor a step; 0: linearly."""
     encoder_decay: NonNegative = 0.0
     """Decoupled decay of W_enc, lr · this · W_enc a step, once the weight falls (always, where it never does)."""
 

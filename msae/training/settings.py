@@ -26,11 +26,11 @@ class Dead:
     """When a latent is dead."""
 
     after_tokens: Count = 10_000_000
-    """Tokens without firing."""
+    """Tokens without firing after which a latent is dead."""
     after_steps: Count | None = None
-    """Batches without firing, instead."""
+    """Batches without firing; null: tokens count."""
     includes_batch: bool = False
-    """Counted with the batch; else up to it."""
+    """Count the current batch too; else only those before it."""
 
 
 @settings
@@ -38,7 +38,7 @@ class Recipe:
     """How one SAE is made and trained."""
 
     d_sae: Count
-    """Latents."""
+    """Number of latents."""
     prefixes: list[int | float]
     """Cumulative widths that reconstruct by themselves, as ints or fractions of d_sae; the last is d_sae."""
     k: Annotated[int | float, Field(gt=0)]
@@ -66,7 +66,7 @@ class Recipe:
     threshold_rate: Share = 0.01
     """Rate of the average of the smallest active values, which is the threshold while training."""
     resort_rate: Share | None = None
-    """Re-sort latents by their use after each step, this the rate of its average; null: never."""
+    """Rate of the average of use by which latents are re-sorted after each step; null: never."""
     init: Init = field(default_factory=Init)
     sampling: PrefixSampling = field(default_factory=PrefixSampling)
     objective: Objective = field(default_factory=Objective)
@@ -100,24 +100,24 @@ class Train:
     """`python -m msae.train`."""
 
     name: str
-    """Of the run directory, runs/<name>-<time>."""
+    """Name of the run directory, runs/<name>-<time>."""
     tokens: Natural
-    """Training budget."""
+    """Training budget, rounded up to whole steps."""
     model: Recipe
     data: Data
     trainer: dict[str, Any]
-    """Lightning's Trainer, and its arguments."""
+    """Arguments of Lightning's Trainer, whose class is `_target_`."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     arms: dict[str, dict[str, Any] | None] | None = None
-    """Several SAEs on the same batches: what differs in each one's model, and a preset."""
+    """Several SAEs trained on the same batches: what differs in the model of each, and a preset."""
     grid: dict[str, list[Any]] | None = None
-    """The model, or every arm, in every combination of these keys of it."""
+    """Keys of the model, each with several values: trains the model, or every arm, in every combination."""
     seed: int = 0
     """Seed of everything that has none of its own."""
     runs: str = "runs"
     """Directory of the runs."""
     run_dir: str | None = None
-    """This very directory; null: a new one under runs."""
+    """The run's own directory; null: a new one under `runs`."""
     ckpt_path: str | None = None
     """Resume: last, a run directory, or a checkpoint."""
     checkpoint_every_steps: Count = 1000
