@@ -484,6 +484,13 @@ def test_holes_are_marked_and_nothing_else(visit):
     assert page.locator(".contexts mark").count() == 0, "a root has no parent that could be silent"
 
 
+def test_no_arrow_is_lost_where_two_come_before_the_page_is_drawn(visit):
+    page = visit(named("dog"))
+    press = "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowUp', bubbles: true}))"
+    page.evaluate(f"() => {{ {press}; {press}; }}")
+    at(page, named("animals"))
+
+
 def test_the_parent_is_marked_when_asked_and_the_arrows_still_walk(visit):
     latent = named("dog")
     page = visit(latent)

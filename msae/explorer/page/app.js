@@ -4,10 +4,15 @@ const main = byId("main");
 let turn = 0;
 let drawn = false;
 
+// What the address asks for, and the latent of that number, -1 where there is none.
+function addressed() {
+  const asking = location.hash.match(/^#latent=(.+)$/)?.[1];
+  return [asking, /^\d+$/.test(asking) && Number(asking) < n ? Number(asking) : -1];
+}
+
 async function route() {
   const mine = ++turn;
-  const asking = location.hash.match(/^#latent=(.+)$/)?.[1];
-  const latent = asking !== undefined && /^\d+$/.test(asking) && Number(asking) < n ? Number(asking) : -1;
+  const [asking, latent] = addressed();
   const nodes = latent >= 0 ? await latentPage(latent) : asking !== undefined ? unknownPage(asking) : startPage();
   if (mine !== turn) return; // an arrow key was faster
   const atTitle = drawn && (document.activeElement === document.body || main.contains(document.activeElement));
@@ -34,7 +39,7 @@ document.addEventListener("keydown", (event) => {
   }
   const way = { ArrowUp: "up", ArrowDown: "down", ArrowLeft: "left", ArrowRight: "right" }[event.key];
   if (!way || event.shiftKey || event.target.closest(".scroll:focus")) return; // a wide table scrolls
-  const here = outline.here;
+  const [, here] = addressed(); // what is shown lags behind keys that follow fast
   const to = here >= 0 ? neighbours(here)[way] : way === "down" ? roots[0] : undefined;
   if (to === undefined) return;
   event.preventDefault();
