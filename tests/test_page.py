@@ -224,6 +224,12 @@ def test_quantised_activations_keep_their_sign_and_size(largest):
     assert quantise(np.zeros(3), 0.0).tolist() == [0, 0, 0]
 
 
+def test_columns_of_another_length_are_refused():
+    for name in ("label", "nearest", "nearest_cos", "histogram", "promoted", "suppressed"):
+        with pytest.raises(AssertionError, match="300 latents"):
+            replace(example(), **{name: getattr(example(), name)[1:]})
+
+
 def test_data_closes_no_element(tmp_path):
     write_page(hostile(), tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text("utf-8")

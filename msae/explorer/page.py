@@ -53,6 +53,11 @@ class Page:
     suppressed: Array | None = None
     joined: bool = True
 
+    def __post_init__(self) -> None:
+        columns = (self.label, self.nearest, self.nearest_cos, self.histogram, self.promoted, self.suppressed)
+        n = len(self.hierarchy.level)
+        assert all(len(column) == n for column in columns if column is not None), f"columns of other than {n} latents"
+
 
 def write_page(page: Page, path: Path, on_latents: Callable[[int], object] = lambda n: None) -> None:
     """Write one HTML file that asks for nothing else; `on_latents` is called with how many more latents are written."""

@@ -77,6 +77,7 @@ class Run:
         return str(self.path)
 
     def picture(self, name: str) -> Path:
+        """The file of a picture of the run."""
         return self.path / f"{name}.png"
 
     # --- what is there ------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class MatryoshkaTraining(L.LightningModule):
         self._sums: dict[str, ReconstructionSums] = {}
 
     def step(self, name: str = "") -> Step:
+        """The step of an arm."""
         step = self.steps[self.names.index(name)]
         assert isinstance(step, Step)
         return step
@@ -75,6 +76,7 @@ class MatryoshkaTraining(L.LightningModule):
 
     @property
     def moment(self) -> Moment:
+        """Where the run is."""
         return Moment(self.trainer.global_step, self.trainer.max_steps, self.trainer.world_size)
 
     def configure_optimizers(self) -> Any:
