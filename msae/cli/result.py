@@ -53,8 +53,9 @@ def print_runs(runs: list[Run]) -> None:
     settings = [settings_of(run) for run in runs]
     varying = [key for key in columns(settings) if len({str(of_run.get(key)) for of_run in settings}) > 1]
     varying = [key for key in varying if key != "name" and not key.startswith(("arms", "grid"))]
-    names = ["when", "state", "tokens", "FVU", "L0", *(escape(key.removeprefix("model.")) for key in varying)]
-    table = Table(Column("run", no_wrap=True), *(Column(name, overflow="fold") for name in names))
+    whole = [Column(name, no_wrap=True) for name in ("state", "tokens", "FVU", "L0")]
+    folded = [Column(escape(key.removeprefix("model.")), overflow="fold") for key in varying]
+    table = Table(Column("run", no_wrap=True), Column("when", overflow="fold"), *whole, *folded)
     for run, of_run in zip(runs, settings, strict=True):
         figures = numbers(of_run | (metrics := run.outcome()[0]) | widest(metrics))
         when = datetime.fromtimestamp(run.config_file.stat().st_mtime)
