@@ -42,7 +42,7 @@ def msae_rows(name: str) -> tuple[Callable[[], int], float]:
         return len([source.draw(BLOCK, generator) for _ in range(blocks)]) * BLOCK
 
     def make() -> int:
-        return sum(len(split.activations["synthetic"]) for split in next(source.chunks(None)).splits.values())
+        return sum(len(make().activations["synthetic"]) for make in next(source.chunks(None)).splits.values())
 
     l0 = len(source.draw(BLOCK, generator)[1]) / BLOCK
     return draw if name.endswith("draw") else make, l0

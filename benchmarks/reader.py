@@ -84,9 +84,9 @@ class Made:
         for number in range(self.rows // self.chunk):
             if self.d_in == 0:
                 rows = self.documents(number)
-            splits = {"train": Split({"hook": rows}, scales={} if scales is None else {"hook": scales})}
+            splits = {"train": partial(Split, {"hook": rows}, scales={} if scales is None else {"hook": scales})}
             if self.val_rows and number == 0:
-                splits["val"] = Split({"hook": rows[: self.val_rows]})
+                splits["val"] = partial(Split, {"hook": rows[: self.val_rows]})
             yield Chunk(splits, {})
 
     def documents(self, number: int) -> Tensor:
@@ -133,7 +133,7 @@ def reader(shards: Shards, batch: int, threads: int = 2, order: str | None = Non
     batches = TrainBatches(shards, batch, sum(sizes) // batch, 0, threads=threads)
     if order is not None:
         block, pool = map(int, order.split("x"))
-        batches.order = ShardOrder(sizes, 0, block, pool)
+        batches.feed.order = ShardOrder(sizes, 0, block, pool)
     return batches
 
 

@@ -30,11 +30,6 @@ def main(_: Harvest | None, cfg: DictConfig) -> None:
         print(f"{shards.directory}: {len(shards.manifest.shards)} shards, every checksum right")
         return
     data = decode(Data, plain(cfg)["data"], "data")
-    if data.rolling_gb is not None:
-        raise ValueError(
-            f"data.rolling_gb={data.rolling_gb:g} harvests while training reads: run python -m msae.train, "
-            "or harvest the whole with data.rolling_gb=null"
-        )
     for hook, shards in harvest(data.source, data.root, data.max_disk_gb).items():
         rows = {split: sum(shards.rows(split)) for split in ("train", "val")}
         counts = f"{rows['train']:,} training rows, {rows['val']:,} held out, d_in {shards.d_in}"

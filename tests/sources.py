@@ -1,14 +1,32 @@
 """Sources of known rows for tests."""
 
 import time
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from msae.sources.int8 import quantise
 from msae.sources.source import Chunk, Split
+
+
+def ready(splits: dict[str, Split]) -> dict[str, Callable[[], Split]]:
+    """Splits of a chunk whose rows are there already."""
+    return {name: partial(lambda rows: rows, rows) for name, rows in splits.items()}
+
+
+class Made(NamedTuple):
+    """A chunk whose rows have been made."""
+
+    splits: dict[str, Split]
+    state: dict[str, Any]
+
+
+def made(chunks: Iterable[Chunk]) -> list[Made]:
+    """The chunks with their rows."""
+    return [Made({name: make() for name, make in chunk.splits.items()}, chunk.state) for chunk in chunks]
 
 
 class FakeSource:
@@ -79,7 +97,7 @@ class Numbered(FakeSource):
                     rows = sum(sizes[:number]) + torch.arange(sizes[number])
                     values = {hook: rows[:, None] * torch.tensor(self.FACTORS[hook]) for hook in self.hook_names}
                     splits[split] = self.split(values, position=rows.int() + int((split, number) == self.other))
-            yield Chunk(splits, {"next": number + 1})
+            yield Chunk(ready(splits), {"next": number + 1})
 
 
 class TextLike(FakeSource):
@@ -114,4 +132,4 @@ class TextLike(FakeSource):
             carry = int(torch.randint(1 << 30, (1,), generator=generator))
             self.made.append(number)
             number += 1
-            yield Chunk(splits, {"next": number, "carry": carry})
+            yield Chunk(ready(splits), {"next": number, "carry": carry})

@@ -65,6 +65,12 @@ def rows_at(order: ShardOrder, start: int, stop: int) -> Tensor:
     return torch.cat(rows)
 
 
+def batch_at(batches: TrainBatches, number: int) -> Any:
+    """One batch alone."""
+    batches.position = number
+    return next(iter(batches))
+
+
 def threads() -> set[str]:
     return {t.name.split("_")[0] for t in threading.enumerate() if t.name.startswith("msae-prefetch")}
 
@@ -133,7 +139,7 @@ def test_batches_hold_the_rows_of_the_order(make_pair, sizes, batch, world):
         paired = TrainBatches(shards, batch, length, 3, rank, world, target=target)
         check_pairs(list(paired), plain)
         some = [length - 1, 0, length // 2, length // 2 - 1, length - 1]
-        check_pairs([paired.batch(number) for number in some], [plain[number] for number in some])
+        check_pairs([batch_at(paired, number) for number in some], [plain[number] for number in some])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
@@ -142,8 +148,8 @@ def test_batches_of_each_type_hold_the_rows_of_the_files(make, dtype):
     shards = make([40_000, 30_000, 3], dtype=dtype)
     x = torch.cat([shards.activations("train", i) for i in range(3)])
     batches = TrainBatches(shards, 1000, 100, seed=0)
-    assert batches.order.block * batches.order.pool < 40_000
-    assert torch.equal(torch.cat(list(batches)), x[rows_at(batches.order, 0, 100_000)])
+    assert batches.feed.order.block * batches.feed.order.pool < 40_000
+    assert torch.equal(torch.cat(list(batches)), x[rows_at(batches.feed.order, 0, 100_000)])
     assert torch.equal(torch.cat(list(ValBatches(shards, 3))), shards.activations("val", 0))
 
 
@@ -158,7 +164,7 @@ def test_resuming_equals_going_on(make_pair, stops):
         got += list(islice(iterator, stop))
         iterator.close()
         state = json.loads(json.dumps(batches.state_dict()))
-        assert (state["epoch"], state["row"]) == divmod(len(got) * 128, 1875)
+        assert (state["feed"]["epoch"], state["feed"]["row"]) == divmod(len(got) * 128, 1875)
         batches = TrainBatches(shards, 64, 70, 5, 1, 2, target=target)
         batches.load_state_dict(state)
     check_pairs([*got, *batches], whole)
@@ -317,7 +323,7 @@ def test_many_threads_make_the_same_batches_in_order(make_pair, workers):
     shards, target = make_pair([700, 200, 3000])
     arguments = (shards, 50, 200, 1, 1, 2)
     batches = list(TrainBatches(*arguments, prefetch=5, target=target, threads=workers))
-    check_pairs(batches, [TrainBatches(*arguments).batch(number) for number in range(200)])
+    check_pairs(batches, [batch_at(TrainBatches(*arguments), number) for number in range(200)])
 
 
 def test_an_iterator_that_is_dropped_leaves_no_thread(make):
@@ -359,7 +365,7 @@ def test_memory_is_that_of_some_pools(make):
     """
     shards = make([65_536] * 12, hook_names=("wide",))  # 201 MB
     batches = TrainBatches(shards, 4096, 192, 0)
-    pool = batches.order.block * batches.order.pool * 64 * 4
+    pool = batches.feed.order.block * batches.feed.order.pool * 64 * 4
     before = {kind: resident(kind) for kind in ("RssAnon", "RssFile")}
     most = dict(before)
     for _ in batches:

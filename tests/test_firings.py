@@ -19,7 +19,7 @@ from msae.sae import MatryoshkaSAE, SparseCode
 from msae.sae.model import Normalise
 from msae.sae.sparsity import SPARSITIES
 from msae.sources.source import Chunk
-from tests.sources import FakeSource
+from tests.sources import FakeSource, ready
 
 
 class Given(FakeSource):
@@ -40,7 +40,7 @@ class Given(FakeSource):
 
     def chunks(self, state: dict[str, Any] | None) -> Iterator[Chunk]:
         for number, ((split, rows), index) in enumerate(zip(self.shards, self.index, strict=True), 1):
-            yield Chunk({split: self.split({"given": rows.float()}, **index)}, {"next": number})
+            yield Chunk(ready({split: self.split({"given": rows.float()}, **index)}), {"next": number})
 
 
 def given_shards(root: Path, val: Sequence[Tensor], train: Sequence[Tensor], *index: Any) -> Shards:

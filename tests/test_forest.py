@@ -21,6 +21,7 @@ from msae.sources import forest
 from msae.sources.firing import zipf
 from msae.sources.forest import ForestSource
 from msae.sources.source import Source
+from tests.sources import made
 
 ZIPF = {"rates": "zipf", "zipf_exponent": 0.5, "max_p": 0.4, "min_p": 0.01}
 WORLDS: dict[str, dict[str, Any]] = {
@@ -54,7 +55,7 @@ def draw(source: ForestSource, rows: int = ROWS) -> Tensor:
 
 def all_rows(source: ForestSource, state: Any = None) -> list[dict[str, Tensor]]:
     """The rows of each chunk's splits."""
-    return [{s: part.activations["synthetic"] for s, part in c.splits.items()} for c in source.chunks(state)]
+    return [{s: part.activations["synthetic"] for s, part in c.splits.items()} for c in made(source.chunks(state))]
 
 
 @pytest.fixture(scope="module", params=WORLDS)

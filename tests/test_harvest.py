@@ -23,7 +23,7 @@ from msae.data.harvest import directory_of, harvest
 from msae.data.shards import MANIFEST, TRUTH, Shards
 from msae.sources.forest import ForestSource
 from msae.sources.source import Chunk, Source
-from tests.sources import TextLike
+from tests.sources import TextLike, made, ready
 
 FIRST, SECOND = TextLike().hook_names
 MAKERS: dict[str, Callable[[], Source]] = {
@@ -39,7 +39,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def test_shards_hold_what_the_source_gave(tmp_path):
-    chunks = list(TextLike(3).chunks(None))
+    chunks = made(TextLike(3).chunks(None))
     for hook, shards in harvest(TextLike(3), tmp_path, show=False).items():
         assert (shards.rows("train"), shards.rows("val")) == ([7, 8, 7], [2, 2])
         assert (shards.manifest.dtype, shards.manifest.provenance) == ("bfloat16", {"by": "a test"})
@@ -197,7 +197,10 @@ def test_another_identity_is_another_directory(tmp_path):
     [
         (lambda chunks: chunks, [7, 8]),
         (lambda chunks: [Chunk({}, {"next": 0, "carry": 0}), *chunks], [7, 8]),
-        (lambda chunks: [chunks[0], Chunk({"train": TextLike().text(torch.Generator(), 0)}, {"next": 2})], [7, 0]),
+        (
+            lambda chunks: [chunks[0], Chunk(ready({"train": TextLike().text(torch.Generator(), 0)}), {"next": 2})],
+            [7, 0],
+        ),
     ],
     ids=["fewer rows than promised", "a chunk without splits", "a split without rows"],
 )
@@ -224,11 +227,11 @@ def test_a_source_without_rows_is_one_line(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.parametrize(("value", "split"), [("nan", "train"), ("inf", "train"), ("-inf", "val"), ("nan", "val")])
 def test_rows_that_are_not_finite_are_one_line(value, split, dtype, tmp_path, monkeypatch):
-    chunk = next(TextLike(1, dtype=torch.float32).chunks(None))
+    (chunk,) = made(TextLike(1, dtype=torch.float32).chunks(None))
     chunk.splits[split].activations[SECOND][-1, 0] = float(value)
     source = TextLike(1, dtype=dtype)
     splits = {name: source.split(rows.activations, **rows.index) for name, rows in chunk.splits.items()}
-    monkeypatch.setattr(source, "chunks", lambda state: iter([Chunk(splits, chunk.state)]))
+    monkeypatch.setattr(source, "chunks", lambda state: iter([Chunk(ready(splits), chunk.state)]))
     with pytest.raises(ValueError, match=rf"^{SECOND} has rows with NaN or Inf, [^\n]*; set data.source.[^\n]*$"):
         harvest(source, tmp_path, show=False)
     assert not list(directory_of(source, SECOND, tmp_path).glob(f"{split}-*"))

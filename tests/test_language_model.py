@@ -10,7 +10,6 @@ import threading
 import time
 import weakref
 from dataclasses import astuple
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from msae.sources.bridge import PROBE_TOKENS, TOKENIZER, capture, load_bridge, l
 from msae.sources.int8 import quantise
 from msae.sources.language_model import LanguageModelSource
 from msae.sources.source import Source
+from tests.sources import made
 from tests.test_harvest import contents
 from tests.tiny_lm import close_hub, sentences, tiny_model, tiny_tokenizer
 
@@ -57,7 +57,7 @@ def source(files):
 
 
 def chunks_of(source, state=None):
-    return list(source.chunks(state))
+    return made(source.chunks(state))
 
 
 def first_train(source):
@@ -102,11 +102,11 @@ def test_rows_of_every_hook_are_what_transformers_computes(source, files):
 
     plain = AutoModelForCausalLM.from_pretrained(files / "Tiny LM", attn_implementation="eager").requires_grad_(False)
     attention, mlp = plain.transformer.h[1].attn.c_proj, plain.transformer.h[1].mlp.c_proj
-    made = source(hook_names=list(WIDTHS))
-    assert {hook: made.width(hook) for hook in WIDTHS} == WIDTHS
-    assert made.bytes_per_row(RESID) == 32 * 4 + 12
+    whole = source(hook_names=list(WIDTHS))
+    assert {hook: whole.width(hook) for hook in WIDTHS} == WIDTHS
+    assert whole.bytes_per_row(RESID) == 32 * 4 + 12
     rows = {"train": 0, "val": 0}
-    for chunk in chunks_of(made):
+    for chunk in chunks_of(whole):
         assert json.loads(json.dumps(chunk.state)) == chunk.state
         for split, part in chunk.splits.items():
             x, index = part.activations, part.index
@@ -124,7 +124,7 @@ def test_rows_of_every_hook_are_what_transformers_computes(source, files):
             rows[split] += len(where[0])
     assert rows["train"] == 1000
     assert 0 < rows["val"] <= 53
-    assert sum(rows.values()) <= made.expected_rows()
+    assert sum(rows.values()) <= whole.expected_rows()
 
 
 def test_hooks_of_one_pass_are_aligned_and_each_is_what_it_is_alone(source):
@@ -215,8 +215,15 @@ def test_rows_copied_while_the_gpu_computes_are_those_of_the_cpu(source):
 
 def before_each_chunk(patch, act):
     """Call `act(number)` before the forward passes of each chunk."""
-    numbers, forward = count(), LanguageModelSource._harvest
-    patch.setattr(LanguageModelSource, "_harvest", lambda *given: (act(next(numbers)), forward(*given))[1])
+    begun, forward = set[int](), LanguageModelSource._harvest
+
+    def harvest(*given):
+        if given[-1] not in begun:
+            begun.add(given[-1])
+            act(given[-1])
+        return forward(*given)
+
+    patch.setattr(LanguageModelSource, "_harvest", harvest)
 
 
 def test_a_chunk_is_written_while_the_model_runs_and_never_two(source, tmp_path, monkeypatch):
@@ -272,7 +279,7 @@ def test_a_model_that_fails_leaves_what_was_written(source, tmp_path, monkeypatc
 
 def test_the_source_lets_go_of_a_chunk_that_was_taken(source):
     chunks = source().chunks(None)
-    rows = weakref.ref(next(chunks).splits["train"].activations[RESID])
+    rows = weakref.ref(next(chunks).splits["train"]().activations[RESID])
     gc.collect()
     assert rows() is None
     chunks.close()

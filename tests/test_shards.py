@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from msae.data.harvest import harvest
-from msae.data.shards import MANIFEST, TRUTH, Shards, identity_hash, take
+from msae.data.rows import take
+from msae.data.shards import MANIFEST, TRUTH, Shards, identity_hash
 from msae.files import checksum_of_ends
 from msae.sources.int8 import dequantise, quantise
 from tests.sources import Numbered

@@ -71,7 +71,7 @@ def fit(
     source, run = ForestSource(rows=3000, val_rows=600, chunk_rows=1000), Run(path)
     data = Activations(Data(source, batch_tokens, str(root)))
     module = module_20(**recipe)
-    module.step().start_from((data.shards.mean, data.shards.mean_square))
+    module.step().start_from((data.rows.mean, data.rows.mean_square))
     trainer = trainer_of(
         steps,
         precision=precision,

@@ -29,7 +29,7 @@ def test_a_transcoder_is_trained_evaluated_and_exported(done, lm, normalise):
 
     activations = Activations(decode(Data, run.config["data"], "data"))
     assert activations.target is not None
-    sides = (activations.shards, activations.target)
+    sides = (activations.rows, activations.target)
     x, y = (torch.cat([s.activations("val", i) for i in range(len(s.rows("val")))]).float() for s in sides)
     x, y = x[len(x) // 2 :], y[len(x) // 2 :]  # the half on which the thresholds were not calibrated
     error = (y - sae(x)).double().square().sum() / (y - y.mean(0)).double().square().sum()

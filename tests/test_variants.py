@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from msae.data.activations import Activations, Data
-from msae.data.batches import TrainBatches
+from msae.data.batches import sample
 from msae.data.datamodule import ActivationData
 from msae.evaluation.evaluate import Evaluation
 from msae.interop import dictionary_learning, load, saelens, sparsify
@@ -34,6 +34,7 @@ from msae.sources.source import Chunk, Split
 from msae.training.job import export
 from msae.training.module import MatryoshkaTraining
 from msae.training.settings import Recipe
+from tests.sources import ready
 from tests.test_model import SPARSITIES
 from tests.training import differing, everything, merged, module_of, trainer_of
 
@@ -377,13 +378,13 @@ class Noisy(ForestSource):
     def chunks(self, state):
         for chunk in super().chunks(state):
             splits = {}
-            for split, content in chunk.splits.items():
+            for split, make in chunk.splits.items():
                 noise = stream(self.seed, "noise", split, chunk.state["chunks"])
-                x = content.activations["synthetic"]
+                x = make().activations["synthetic"]
                 x = x + 0.1 * torch.randn(x.shape, generator=noise)
                 made = 2 + x @ torch.randn(20, 24, generator=stream(self.seed, "map"))
                 splits[split] = Split({"synthetic": x, "of 7": made[:, :7], "of 24": made})
-            yield Chunk(splits, chunk.state)
+            yield Chunk(ready(splits), chunk.state)
 
 
 class Watch(L.Callback):
@@ -419,7 +420,7 @@ class Run:
         source = Noisy(rows=6000, val_rows=VAL_ROWS, chunk_rows=3000)
         target = None if d_out is None else f"of {d_out}"
         self.data = Activations(Data(source, BATCH, str(root / "shards"), target_hook_name=target))
-        self.rows = self.data.shards.activations("val", 0)
+        self.rows = self.data.rows.activations("val", 0)
         run = RunDirectory(root / name.replace(" ", "_"))
         self.half, self.exported_to = run.path / "half.ckpt", run.sae_directory
         self.watch = Watch(self.rows[:1000], self.half)
@@ -430,9 +431,9 @@ class Run:
         self.metrics = export(self.module.step(), self.data, run, Evaluation(0, VAL_ROWS))
 
     def new(self) -> MatryoshkaTraining:
-        made, shards, target = module_named(self.name), self.data.shards, self.data.target
+        made, shards, target = module_named(self.name), self.data.rows, self.data.target
         of_target = None if target is None else (target.mean, target.mean_square)
-        first = TrainBatches(target or shards, BATCH, 1, 0).batch(0)
+        first = sample(target or shards, BATCH, 0)
         made.step().start_from((shards.mean, shards.mean_square), of_target, first)
         return made
 

@@ -1,12 +1,13 @@
-"""The activations of a run: the `data.*` settings, and the open shards that they describe."""
+"""The activations of a run: the `data.*` settings, and the open rows that they describe."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, WithJsonSchema
 
 from msae.data.harvest import harvest
-from msae.data.rolling import Rolling, roll
-from msae.data.shards import Shards
+from msae.data.rows import Rows
+from msae.data.stream import Stream, open_stream
 from msae.settings import Count, Positive, build, settings
 from msae.sources.source import Source
 
@@ -39,8 +40,10 @@ class Data:
     """When `tokens` exceeds the data: repeat the rows in another order, or stop after one epoch."""
     max_disk_gb: Positive | None = 100.0
     """Refuse a harvest that needs more disk; null: no limit."""
-    rolling_gb: Positive | None = None
-    """Harvest while training reads, with at most so many GB of shards on disk; null: harvest all of it first."""
+    memory_gb: Positive | None = None
+    """Keep rows in memory alone, at most so many GB, made while training reads them; null: harvest to disk first."""
+    memory_device: str | None = None
+    """Where rows in memory wait to be read, such as cuda; null: host memory."""
     val_rows: Count | None = None
     """Held-out rows that validation reads; null: all."""
     prefetch: Count = 4
@@ -58,11 +61,13 @@ class Data:
                 f"data.target_hook_name={self.hook} is the input itself; drop it, or set data.hook_name to "
                 "another of data.source.hook_names"
             )
-        if self.rolling_gb is not None and self.exhausted == "stop":
+        if self.memory_gb is not None and self.exhausted == "stop":
             raise ValueError(
-                "data.exhausted=stop needs the number of rows before training, which data.rolling_gb learns only at "
+                "data.exhausted=stop needs the number of rows before training, which data.memory_gb learns only at "
                 "the end of the data; drop one of the two, and set tokens=… to the rows you want"
             )
+        if self.memory_device is not None and self.memory_gb is None:
+            raise ValueError(f"data.memory_device={self.memory_device} is of rows in memory; give data.memory_gb too")
 
     def identify(self) -> None:
         """Compute the source's identity, which needs its model and text. Raises ValueError in one line."""
@@ -76,30 +81,35 @@ class Data:
 
 
 class Activations:
-    """The open shards that `Data` describes; harvests them if they are missing."""
+    """The open rows that `Data` describes: shards, harvested if they are missing, or a stream's.
 
-    def __init__(self, data: Data) -> None:
+    A run that resumes has no statistics of streamed rows; they are in its checkpoint.
+    """
+
+    def __init__(self, data: Data, resuming: bool = False) -> None:
         self.data = data
-        self.rolling: Rolling | None = None
-        if data.rolling_gb is None:
+        self.stream: Stream | None = None
+        opened: Mapping[str, Rows]
+        if data.memory_gb is None:
             opened = harvest(data.source, data.root, data.max_disk_gb)
         else:
             hooks = [data.hook, *filter(None, [data.target_hook_name])]
-            opened, self.rolling = roll(data.source, hooks, data.root, data.rolling_gb)
-        self.shards: Shards = opened[data.hook]
-        self.target: Shards | None = opened[data.target_hook_name] if data.target_hook_name else None
+            opened, self.stream = open_stream(
+                data.source, hooks, data.root, data.memory_gb, data.memory_device, resuming
+            )
+        self.rows: Rows = opened[data.hook]
+        self.target: Rows | None = opened[data.target_hook_name] if data.target_hook_name else None
 
     def steps(self, tokens: int, world: int = 1, accumulate: int = 1) -> int:
         """Optimizer steps for a token budget: ceil(tokens / (batch_tokens · world · accumulate)), or one epoch.
 
         Raises ValueError if there are fewer rows than a batch, or not one step fits.
         """
-        per_step, rows = self.data.batch_tokens * world * accumulate, sum(self.shards.rows("train"))
-        if rows < self.data.batch_tokens * world:
-            remedy = "harvest more rows" if self.rolling is None else "raise data.rolling_gb"
+        per_step, rows = self.data.batch_tokens * world * accumulate, sum(self.rows.rows("train"))
+        if rows < self.data.batch_tokens * world and not self.rows.is_endless:
             raise ValueError(
-                f"{self.shards.directory} has {rows} training rows, fewer than a batch of "
-                f"{self.data.batch_tokens} × {world}; lower data.batch_tokens or {remedy}"
+                f"{self.rows} has {rows} training rows, fewer than a batch of {self.data.batch_tokens} × {world}; "
+                f"lower data.batch_tokens or raise {self.data.source.budget_key}"
             )
         steps = -(-tokens // per_step)
         if self.data.exhausted == "stop":
@@ -109,6 +119,6 @@ class Activations:
         return steps
 
     def close(self) -> None:
-        """End a rolling harvest and release its directory."""
-        if self.rolling is not None:
-            self.rolling.close()
+        """Stop what makes rows ahead of training."""
+        if self.stream is not None:
+            self.stream.close()

@@ -19,19 +19,16 @@ class ActivationData(L.LightningDataModule):
         assert trainer.max_steps > 0, "training needs trainer.max_steps (see msae/training/job.py)"
         length = trainer.max_steps * trainer.accumulate_grad_batches
         ranks = (trainer.global_rank, trainer.world_size)
-        return TrainBatches(
-            a.shards, a.data.batch_tokens, length, a.data.seed, *ranks, a.data.prefetch, target=a.target
-        )
+        return TrainBatches(a.rows, a.data.batch_tokens, length, a.data.seed, *ranks, a.data.prefetch, target=a.target)
 
     def val_dataloader(self) -> ValBatches:
         trainer, a = self.trainer, self.activations
         ranks = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-        return ValBatches(a.shards, a.data.batch_tokens, *ranks, stop=a.data.val_rows, target=a.target)
+        return ValBatches(a.rows, a.data.batch_tokens, *ranks, stop=a.data.val_rows, target=a.target)
 
     def teardown(self, stage: str) -> None:
-        """Stop harvesting ahead when training ends or fails."""
-        if self.activations.rolling is not None:
-            self.activations.rolling.halt()
+        """Make no more rows when training ends or fails."""
+        self.activations.close()
 
     def on_exception(self, exception: BaseException) -> None:
         self.teardown("fit")

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -35,7 +35,7 @@ from msae.files import lock, read_json, write, write_json
 from msae.progress import progress, say
 from msae.settings import Count, NonNegative, as_plain, settings
 from msae.sources.int8 import dequantise
-from msae.sources.source import Chunk, Source
+from msae.sources.source import Chunk, Source, Split
 from msae.sources.tokens import spare_core
 
 GB = 1e9
@@ -89,72 +89,56 @@ def is_whole(directory: Path) -> bool:
     return has_truth and all(entry.is_at(directory / entry.name) for entry in manifest.shards)
 
 
-def make_directories(root: Path, directories: dict[str, Path]) -> float:
-    """Make the hooks' directories, and return the GB of shards in them. Raises ValueError in one line."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        for directory in directories.values():
-            directory.mkdir(exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to {root} ({error}); choose another directory with data.root=…") from None
-    return sum(f.stat().st_size for d in directories.values() for f in d.glob("*.safetensors")) / GB
-
-
 def print_disk_need(
     source: Source, missing: dict[str, Path], root: Path, max_disk_gb: float | None, show: bool
 ) -> None:
-    """Print how much the harvest will write. Raises ValueError in one line if that is too much."""
-    on_disk = make_directories(root, missing)
+    """Make the directories and print the disk need. Raises ValueError in one line if it is too much."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for directory in missing.values():
+            directory.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {root} ({error}); choose another directory with data.root=…") from None
+    on_disk = sum(f.stat().st_size for d in missing.values() for f in d.glob("*.safetensors")) / GB
+    free = shutil.disk_usage(root).free / GB
     rows = source.expected_rows()
     need = sum(rows * source.bytes_per_row(hook) for hook in missing) / GB
     if show:
         already = f", {on_disk:.2f} GB of it there" if on_disk else ""
         for directory in missing.values():
             say(f"harvest: up to {rows:,} rows into {directory}")
-        say(f"harvest: up to {need:.2f} GB of disk{already}; {free_gb(root):.1f} GB free")
+        say(f"harvest: up to {need:.2f} GB of disk{already}; {free:.1f} GB free")
     if max_disk_gb is not None and need > max_disk_gb:
         raise ValueError(
             f"the harvest needs {need:.2f} GB, data.max_disk_gb allows {max_disk_gb:g}; "
-            f"raise it, keep only a part on disk while training (data.rolling_gb={max_disk_gb:g}), "
+            f"raise it, keep rows in memory alone (data.memory_gb=…), "
             f"or harvest fewer rows ({source.budget_key}={max(1, int(rows * max_disk_gb / need))})"
         )
-    refuse_full_disk(need - on_disk, root, source.budget_key)
-
-
-def free_gb(root: Path) -> float:
-    return shutil.disk_usage(root).free / GB
-
-
-def refuse_full_disk(more: float, root: Path, key: str) -> None:
-    """Raise ValueError in one line if `more` GB do not fit on the disk."""
-    if more > (free := free_gb(root)):
+    if need - on_disk > free:
         raise ValueError(
-            f"the harvest needs {more:.2f} GB more, {root} has {free:.2f} GB free; "
-            f"choose another disk with data.root=… or lower {key}"
+            f"the harvest needs {need - on_disk:.2f} GB more, {root} has {free:.2f} GB free; choose another disk with "
+            f"data.root=…, keep rows in memory alone (data.memory_gb=…), or lower {source.budget_key}"
         )
 
 
 @contextmanager
-def locked(directories: list[Path], wait: bool = True) -> Iterator[None]:
-    """Hold the directories' locks; wait for another harvester, or raise ValueError in one line."""
+def locked(directories: list[Path]) -> Iterator[None]:
+    """Hold the directories' locks; wait for another harvester."""
     with ExitStack() as stack:
         for directory in sorted(directories):
-            busy = (
-                f"harvest: waiting for another process that is writing {directory}"
-                if wait
-                else f"another run is using {directory}; wait for its end, choose another data.root, "
-                "or share a whole harvest (data.rolling_gb=null)"
-            )
-            stack.callback(lock(directory, busy, wait, "choose another data.root=…").release)
+            busy = f"harvest: waiting for another process that is writing {directory}"
+            stack.callback(lock(directory, busy, True, "choose another data.root=…").release)
         yield
 
 
 def write_chunks(source: Source, directories: dict[str, Path], show: bool) -> None:
     """Write the missing chunks, then truth and manifest."""
-    remove_stale(directories)
+    for directory in directories.values():
+        for stale in directory.glob("*.tmp"):  # of a killed process
+            stale.unlink()
     records: dict[str, list[Record]] = {hook: [] for hook in directories}
     with progress(source.expected_rows(), f"harvest {source.name}", disable=not show) as bar:
-        for written in each_chunk(source, directories, count(), partial(find_chunk, directories)):
+        for written in each_chunk(source, directories):
             for hook, record in written.items():
                 records[hook].append(record)
             bar.update(record.rows())
@@ -163,47 +147,28 @@ def write_chunks(source: Source, directories: dict[str, Path], show: bool) -> No
     write_manifests(source, directories, records)
 
 
-def remove_stale(directories: dict[str, Path]) -> None:
-    """Delete the temporary files of a killed process."""
-    for directory in directories.values():
-        for stale in directory.glob("*.tmp"):
-            stale.unlink()
-
-
-def write_manifests(
-    source: Source, directories: dict[str, Path], records: dict[str, list[Record]], window: int | None = None
-) -> None:
-    """Write every hook's manifest, and its truth if the source knows it; only a rolling harvest has a window."""
+def write_manifests(source: Source, directories: dict[str, Path], records: dict[str, list[Record]]) -> None:
+    """Write every hook's manifest, and its truth if the source knows it."""
     truth = source.truth()
     for hook, directory in directories.items():
         if truth is not None:
             write(directory / TRUTH, lambda temporary: save_file(truth, temporary), ADVICE)
         entry = None if truth is None else FileEntry.of(directory / TRUTH)
-        manifest = as_plain(make_manifest(source, hook, records[hook], entry, window))
-        if window is None:
-            del manifest["window"]
-        write_json(directory / MANIFEST, manifest, advice=ADVICE)
+        write_json(directory / MANIFEST, as_plain(make_manifest(source, hook, records[hook], entry)), advice=ADVICE)
 
 
-def each_chunk(
-    source: Source,
-    directories: dict[str, Path],
-    numbers: Iterable[int],
-    find: Callable[[int], dict[str, Record]],
-    before_writing: Callable[[int, Chunk], Chunk] = lambda number, chunk: chunk,
-    state: dict[str, Any] | None = None,
-) -> Iterator[dict[str, Record]]:
-    """Yield each hook's record of the chunks with these successive numbers, until the source ends.
+def each_chunk(source: Source, directories: dict[str, Path]) -> Iterator[dict[str, Record]]:
+    """Yield each hook's record of every chunk, in turn; one that is not written for every hook is made.
 
-    state: the source's state before the first of them. A chunk that `find` does not return for every hook is made, and
-    written as `before_writing` returns it. If a core is free, a thread writes it while the source makes the next one;
-    an error in writing is then raised after that.
+    If a core is free, a thread writes it while the source makes the next one; an error in writing is then raised after
+    that.
     """
     chunks: Iterator[Chunk] | None = None
+    state: dict[str, Any] | None = None  # after the last one that was found
     writing: Future[dict[str, Record]] | None = None  # never more than one, so that memory is bounded
     with ThreadPoolExecutor(1, "msae-write") as thread:
-        for number in numbers:
-            records, chunk = find(number), None
+        for number in count():
+            records, chunk, made = find_chunk(directories, number), None, dict[str, Split]()
             if records.keys() == directories.keys():
                 chunks, state = None, next(iter(records.values())).state  # the source continues after it
             else:
@@ -211,60 +176,53 @@ def each_chunk(
                 chunk = next(chunks, None)
                 if chunk is None:
                     break
+                made = {split: make() for split, make in chunk.splits.items()}
             if writing is not None:
                 yield writing.result()
                 writing = None
             if chunk is None:
                 yield records
-            elif spare_core():
-                writing = thread.submit(write_missing, directories, number, records, before_writing(number, chunk))
+                continue
+            task = partial(write_missing, directories, number, records, made, chunk.state)
+            del made
+            if spare_core():
+                writing = thread.submit(task)
             else:
-                yield write_missing(directories, number, records, before_writing(number, chunk))
+                yield task()
+            del task  # no name keeps the rows alive
         if writing is not None:
             yield writing.result()
 
 
 def write_missing(
-    directories: dict[str, Path], number: int, records: dict[str, Record], chunk: Chunk
+    directories: dict[str, Path],
+    number: int,
+    records: dict[str, Record],
+    made: dict[str, Split],
+    state: dict[str, Any],
 ) -> dict[str, Record]:
     """Write a chunk for the hooks that have no record of it, and return the records of all."""
-    return {h: records.get(h) or write_chunk(directory, number, h, chunk) for h, directory in directories.items()}
+    missing = {hook: directory for hook, directory in directories.items() if hook not in records}
+    return records | {hook: write_chunk(d, number, hook, made, state) for hook, d in missing.items()}
 
 
-def write_chunk(directory: Path, number: int, hook_name: str, chunk: Chunk) -> Record:
+def write_chunk(directory: Path, number: int, hook_name: str, made: dict[str, Split], state: dict[str, Any]) -> Record:
     """Write one chunk's shards, then its record: a chunk without a record does not count.
 
-    Raises ValueError in one line if rows are not finite, or differ from those of an earlier record of this chunk.
+    Raises ValueError in one line if rows are not finite.
     """
-    fields: dict[str, Any] = {"shards": [], "state": chunk.state, "sum": None, "sum_square": 0.0}
-    for split, rows in chunk.splits.items():
+    fields: dict[str, Any] = {"shards": [], "state": state, "sum": None, "sum_square": 0.0}
+    for split, rows in made.items():
         activations, scales = rows.activations[hook_name], rows.scales.get(hook_name)
-        assert (scales is not None) == (activations.dtype == torch.int8), "scales go with int8 rows, and only with them"
-        total, square = sums(activations, scales)
-        if not math.isfinite(square):
-            raise ValueError(
-                f"{hook_name} has rows with NaN or Inf, which no SAE can learn; "
-                "set data.source.model_dtype=float32, or check the model's weights"
-            )
+        total, square = sums(hook_name, rows)
         tensors = {"activations": activations, **rows.index} | ({} if scales is None else {"scales": scales})
         fields["shards"].append(write_shard(directory, split, number, tensors))
         fields |= {"dtype": str(activations.dtype).removeprefix("torch."), "d_in": activations.shape[1]}
         if split == "train":
             fields |= {"sum": total.tolist(), "sum_square": square}
-    record, earlier = Record(**fields), read_record(directory, number)
-    if earlier is None:
-        write_json(directory / record_name(number), as_plain(record), advice=ADVICE)
-        return record
-    for entry in record.shards:
-        if entry not in earlier.shards:
-            path = directory / entry.name
-            path.unlink()
-            raise ValueError(
-                f"{path} was made again and came out with checksum {entry.xxh3}, not as {record_name(number)} says: "
-                "the source gives other rows than before (another device, library or text?), so what was trained on "
-                f"them cannot go on; delete {directory} and start a new run"
-            )
-    return earlier
+    record = Record(**fields)
+    write_json(directory / record_name(number), as_plain(record), advice=ADVICE)
+    return record
 
 
 def record_name(number: int) -> str:
@@ -280,20 +238,23 @@ def read_record(directory: Path, number: int) -> Record | None:
     return record if all(entry.number == number for entry in record.shards) else None
 
 
-def find_chunk(
-    directories: dict[str, Path], number: int, splits: Iterable[str] = ("train", "val")
-) -> dict[str, Record]:
-    """The records of a chunk for the hooks that have every shard of these splits on disk, in its size."""
+def find_chunk(directories: dict[str, Path], number: int) -> dict[str, Record]:
+    """The records of a chunk for the hooks that have every shard on disk, in its size."""
     records = {hook: read_record(directory, number) for hook, directory in directories.items()}
     return {
         hook: record
         for hook, record in records.items()
-        if record and all(e.is_at(directories[hook] / e.name) for e in record.shards if e.split in splits)
+        if record and all(entry.is_at(directories[hook] / entry.name) for entry in record.shards)
     }
 
 
-def sums(activations: Tensor, scales: Tensor | None) -> tuple[Tensor, float]:
-    """Σ x [d_in] and Σ‖x‖² in float64 of rows as they will be read, some at a time to save memory."""
+def sums(hook_name: str, rows: Split) -> tuple[Tensor, float]:
+    """Σ x [d_in] and Σ‖x‖² in float64 of a hook's rows as they will be read, some at a time to save memory.
+
+    Raises ValueError in one line if rows are not finite.
+    """
+    activations, scales = rows.activations[hook_name], rows.scales.get(hook_name)
+    assert (scales is not None) == (activations.dtype == torch.int8), "scales go with int8 rows, and only with them"
     total, square = activations.new_zeros(activations.shape[1]).double(), 0.0
     for start in range(0, len(activations), SUMMED):
         some = slice(start, start + SUMMED)
@@ -301,12 +262,15 @@ def sums(activations: Tensor, scales: Tensor | None) -> tuple[Tensor, float]:
             exact = (activations[some] if scales is None else dequantise(activations[some], scales[some])).double()
         total += exact.sum(0)
         square += float(exact.square().sum())
+    if not math.isfinite(square):
+        raise ValueError(
+            f"{hook_name} has rows with NaN or Inf, which no SAE can learn; "
+            "set data.source.model_dtype=float32, or check the model's weights"
+        )
     return total, square
 
 
-def make_manifest(
-    source: Source, hook_name: str, records: list[Record], truth: FileEntry | None, window: int | None
-) -> Manifest:
+def make_manifest(source: Source, hook_name: str, records: list[Record], truth: FileEntry | None) -> Manifest:
     """The manifest of these chunks. Raises ValueError if they have no training row."""
     rows = sum(record.rows("train") for record in records)
     if rows == 0:
@@ -331,7 +295,5 @@ def make_manifest(
             mean=[sum(column) / rows for column in columns],
             mean_square=sum(record.sum_square for record in records) / rows,
         ),
-        # training rows of a rolling harvest come and go
-        shards=[entry for record in records for entry in record.shards if window is None or entry.split == "val"],
-        window=window,
+        shards=[entry for record in records for entry in record.shards],
     )

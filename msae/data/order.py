@@ -1,37 +1,14 @@
 """The order in which training reads rows: a pure function of (seed, epoch, index), so that resuming computes it."""
 
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from msae.seeds import stream
 
-Pool = tuple[int, ...]  # epoch, and number in it
-
-
-class RowOrder(Protocol):
-    """An endless sequence of row numbers, and which rows must be in memory together to produce it."""
-
-    def parts(self, start: int, stop: int) -> list[tuple[Pool, Tensor]]:
-        """The pools that positions start … stop of the sequence draw from, and the rows [n] each gives, in turn.
-
-        Rows of a pool are counted through its blocks in file order.
-        """
-
-    def blocks(self, pool: Pool) -> tuple[Tensor, Tensor]:
-        """The first row of each of a pool's blocks, and the row after its last, in file order."""
-
-    def where(self, start: int) -> tuple[int, int]:
-        """The epoch of a position of the sequence, and the position in that epoch."""
-
-    def depends_on(self, start: int) -> dict[str, Any]:
-        """What the rows before this position depend on besides seed and shards."""
-
-    def ahead(self, start: int, stop: int) -> AbstractContextManager[None]:
-        """While this context lasts, the rows of positions start … stop are made."""
+Pool = tuple[int, int]  # rows shuffled together: epoch and number in it, or turn and part of a `Spread`
 
 
 class ShardOrder:
@@ -56,6 +33,10 @@ class ShardOrder:
         self._shuffle = lru_cache(4)(self._make_shuffle)
 
     def parts(self, start: int, stop: int) -> list[tuple[Pool, Tensor]]:
+        """The pools that positions start … stop of the sequence draw from, and the rows [n] each gives, in turn.
+
+        Rows of a pool are counted through its blocks in file order.
+        """
         parts: list[tuple[Pool, Tensor]] = []
         while start < stop:
             epoch, offset = divmod(start, self.total)
@@ -68,18 +49,10 @@ class ShardOrder:
         return parts
 
     def blocks(self, pool: Pool) -> tuple[Tensor, Tensor]:
+        """The first row of each of a pool's blocks, and the row after its last, in file order."""
         epoch, number = pool
         order, _ = self._epoch(epoch)
         return self._spans(order[number * self.pool : (number + 1) * self.pool].sort().values)
-
-    def where(self, start: int) -> tuple[int, int]:
-        return divmod(start, self.total)
-
-    def depends_on(self, start: int) -> dict[str, Any]:
-        return {"row_order": f"{self.block}x{self.pool}"}
-
-    def ahead(self, start: int, stop: int) -> AbstractContextManager[None]:
-        return nullcontext()  # all rows are on disk
 
     def _spans(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """The first row of each block, and the row after its last."""
@@ -96,3 +69,42 @@ class ShardOrder:
 
     def _make_shuffle(self, epoch: int, number: int, rows: int) -> Tensor:
         return torch.randperm(rows, generator=stream(self.seed, "rows", epoch, number))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How chunks that come one after the other are spread over the pools in which their rows are read.
+
+    `held` chunks are there at the start. A turn reads as many rows as a chunk has, in `parts` pools, and one new chunk
+    comes with every turn but the first. It is read in equal shares over the next `span` = 2 `held` − 1 turns; the first
+    ones in shares that fall as (span − turn), so that each turn has rows of `span` chunks or all that have come, while
+    no more than `held` chunks are left to read at its start.
+    """
+
+    held: int
+    parts: int
+
+    @property
+    def span(self) -> int:
+        """The turns over which a chunk is read."""
+        return 2 * self.held - 1
+
+    def first_turn(self, chunk: int) -> int:
+        """The first turn that reads from a chunk."""
+        return max(0, chunk - self.held + 1)
+
+    def chunks(self, turn: int) -> range:
+        """The chunks that a turn reads from."""
+        return range(max(0, turn + self.held - self.span) if turn >= self.span else 0, turn + self.held)
+
+    def rows(self, chunk: int, size: int, turn: int, part: int) -> tuple[int, int]:
+        """The rows start … stop, of `size` shuffled ones, that this chunk gives to this pool."""
+        return self._until(chunk, size, turn, part), self._until(chunk, size, turn, part + 1)
+
+    def _until(self, chunk: int, size: int, turn: int, part: int) -> int:
+        """How many rows of the chunk have been read before this part of the turn."""
+        turn, n = turn - self.first_turn(chunk), self.span
+        if chunk >= self.held:
+            return size * (turn * self.parts + part) // (n * self.parts)
+        read = turn * (2 * n - turn + 1) // 2  # Σ_{t < turn} (n − t), of n (n + 1) / 2 shares
+        return size * (read * self.parts + (n - turn) * part) // (n * self.held * self.parts)

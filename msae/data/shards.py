@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import Self
 
-from msae.data.order import RowOrder, ShardOrder
+from msae.data.rows import ROWS, Array, Rows, Stored, as_array
 from msae.files import checksum, checksum_of_ends, read_json, write
 from msae.settings import Count, Natural, NonNegative, settings
 from msae.sources.int8 import dequantise
@@ -41,9 +41,6 @@ FORMAT, VERSION = "msae-shards", 2  # shards without int8 rows say 1: an older m
 MANIFEST, TRUTH = "manifest.json", "truth.safetensors"
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 IN_HEADER: dict[Dtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
-ROWS = ("activations", "scales")  # the tensors of a shard that are read row by row; the others are its index
-Array = np.ndarray[Any, Any]
-Stored = dict[str, Array]  # activations [n, d_in] as in the file (bfloat16 as int16) and, beside int8, scales [n]
 ADVICE = "free space or choose another data.root, then run the same command to continue"
 AGAIN = "run the same python -m msae.harvest command to make it again"
 
@@ -90,7 +87,7 @@ class Statistics:
 
 @settings
 class Manifest:
-    """The content of manifest.json; only a rolling harvest has a `window`."""
+    """The content of manifest.json."""
 
     format: str
     version: Count
@@ -103,7 +100,6 @@ class Manifest:
     truth: FileEntry | None
     statistics: Statistics
     shards: list[ShardEntry]
-    window: Count | None = None
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:
@@ -138,53 +134,28 @@ def write_shard(directory: Path, split: str, number: int, tensors: dict[str, Ten
     return ShardEntry.of(path, split=split, number=number, rows=len(tensors["activations"]))
 
 
-def take(stored: Stored, index: Tensor, out: Tensor) -> None:
-    """Copy the stored rows `index` [n] int64 into `out` [n, d_in], dequantised.
-
-    NumPy does it in the calling thread; torch would start a team of threads for each of its callers.
-    """
-    rows = stored["activations"]
-    if "scales" not in stored:
-        rows.take(index.numpy(), axis=0, out=as_array(out), mode="clip")  # mode "raise" would copy once more
-        return
-    for some, block in zip(index.split(256), out.split(256), strict=True):  # fits a core's cache
-        part = torch.from_numpy(rows.take(some.numpy(), axis=0, mode="clip"))
-        dequantise(part, torch.from_numpy(stored["scales"].take(some.numpy())), block)
-
-
-def as_array(tensor: Tensor) -> Array:
-    """The same memory as a NumPy array, bfloat16 as int16."""
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-class Shards:
+class Shards(Rows):
     """An open shard directory: its manifest and its rows.
 
     Opening checks size, dtype, shape and the checksum of both ends of every file; `verify` checks whole files.
     Raises ValueError in one line that names the file, what it holds, what was expected, and what to type next.
     """
 
-    is_partial = False  # whether training rows come and go, as in a rolling harvest
-
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
-        if self.manifest.window is not None and not self.is_partial:
-            raise ValueError(
-                f"{self.directory} is a rolling harvest, of which only some windows are on disk; "
-                "train on it with the same data.rolling_gb, or harvest the whole with data.rolling_gb=null"
-            )
-        self.identity, self.d_in = self.manifest.identity, self.manifest.d_in
+        self.name, self.hook_name, self.d_in = self.directory.name, self.manifest.hook_name, self.manifest.d_in
+        self.identity, self.identity_hash = self.manifest.identity, self.manifest.identity_hash
+        self.provenance = self.manifest.provenance
         self.stored_dtype: torch.dtype = getattr(torch, self.manifest.dtype)
-        self.dtype = torch.float32 if self.stored_dtype == torch.int8 else self.stored_dtype  # of rows in batches
-        self.mean = torch.tensor(self.manifest.statistics.mean, dtype=torch.float64)  # E x [d_in] of training rows
-        self.mean_square = self.manifest.statistics.mean_square  # E‖x‖²
+        self.mean = torch.tensor(self.manifest.statistics.mean, dtype=torch.float64)
+        self.mean_square = self.manifest.statistics.mean_square
         self.entries = {split: [e for e in self.manifest.shards if e.split == split] for split in ("train", "val")}
         self.first = {s: np.cumsum([0, *self.rows(s)]) for s in self.entries}  # number of each shard's first row
         self._tensors = cache(lambda split, shard: load_file(self._path(split, shard)))
         self._begins = cache(self._read_header)
         self._free: list[Array] = []
-        on_disk = {p.name for p in self.directory.glob("val-*" if self.is_partial else "*.safetensors")}
+        on_disk = {path.name for path in self.directory.glob("*.safetensors")}
         if extra := on_disk - self.files().keys() - {TRUTH}:
             raise ValueError(f"{self.directory / min(extra)} is not in the manifest; move it away or delete it")
         for name, entry in self.files().items():
@@ -192,34 +163,32 @@ class Shards:
         for shard in self.manifest.shards:
             self._check_content(self.directory / shard.name, shard)
 
+    def __str__(self) -> str:
+        return str(self.directory)
+
     def files(self) -> dict[str, FileEntry]:
         """Name → entry of every file in the manifest."""
         truth = {} if self.manifest.truth is None else {TRUTH: self.manifest.truth}
         return {entry.name: entry for entry in self.manifest.shards} | truth
 
     def rows(self, split: str) -> list[int]:
-        """The number of rows in each shard of a split."""
+        """As `Rows.rows`."""
         return [entry.rows for entry in self.entries[split]]
 
-    def order(self, seed: int, rank: int, world: int) -> RowOrder:
-        """The order in which training reads rows; a rolling harvest also needs to know who reads."""
-        return ShardOrder(self.rows("train"), seed)
-
     def activations(self, split: str, shard: int) -> Tensor:
-        """All activations [rows, d_in] of the split's shard-th shard: a zero-copy memory map, or dequantised int8."""
+        """As `Rows.activations`: a zero-copy memory map, or dequantised int8."""
         tensors = self._tensors(split, shard)
         rows = tensors["activations"]
         return dequantise(rows, tensors["scales"]) if rows.dtype == torch.int8 else rows
 
     def read(self, split: str, starts: Tensor, stops: Tensor) -> Stored:
-        """Read blocks of rows start … stop, one after the other, as they are stored; `take` makes them `dtype`.
+        """As `Rows.read`. Raises ValueError where a file has become shorter.
 
-        Rows are numbered through all shards of the split; a block lies in one shard. Files are read, not mapped, since
-        mapped pages would count as this process's memory until that is all of the data. All blocks are requested from
-        the disk before the first is waited for. Raises ValueError where a file has become shorter.
+        Files are read, not mapped, since mapped pages would count as this process's memory until that is all of the
+        data. All blocks are requested from the disk before the first is waited for.
         """
         rows, dtype = int((stops - starts).sum()), as_array(torch.empty(0, dtype=self.stored_dtype)).dtype
-        stored: Stored = {"activations": self._memory((rows, self.d_in), dtype)}
+        stored: dict[str, Array] = {"activations": self._memory((rows, self.d_in), dtype)}
         if self.stored_dtype == torch.int8:
             stored["scales"] = np.empty(rows, np.float32)
         memory = {name: memoryview(array.reshape(-1).view(np.uint8).data) for name, array in stored.items()}
@@ -242,7 +211,7 @@ class Shards:
         return array
 
     def _pieces(
-        self, split: str, starts: Tensor, stops: Tensor, stored: Stored
+        self, split: str, starts: Tensor, stops: Tensor, stored: dict[str, Array]
     ) -> Iterator[tuple[FileIO, str, int, int, int]]:
         """For each block and tensor: open file, tensor's name, first byte, bytes, and their offset in `stored`."""
         shards = np.searchsorted(self.first[split], starts.numpy(), side="right") - 1
@@ -257,12 +226,11 @@ class Shards:
                         yield file, name, begins[name] + (start - first) * size, (stop - start) * size, offset * size
 
     def index(self, split: str, shard: int) -> dict[str, Tensor]:
-        """What lies beside the activations: for text `sequence`, `position` [rows] and `tokens` [n_seq, context]."""
+        """As `Rows.index`."""
         return {name: tensor for name, tensor in self._tensors(split, shard).items() if name not in ROWS}
 
     @cached_property
-    def truth(self) -> dict[str, Tensor] | None:
-        """The true features of a synthetic source, or None."""
+    def truth(self) -> dict[str, Tensor] | None:  # type: ignore[override]
         return None if self.manifest.truth is None else load_file(self.directory / TRUTH)
 
     def verify(self, on_bytes: Callable[[int], object] = lambda n: None) -> None:

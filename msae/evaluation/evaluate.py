@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msae.data.batches import Batch, ValBatches, as_pair
-from msae.data.shards import Shards
+from msae.data.rows import Rows
 from msae.evaluation.language_model import Reconstruct, can_replace, cross_entropy_recovered
 from msae.evaluation.reconstruction import reconstruction_metrics
 from msae.evaluation.truth import truth_metrics
@@ -33,12 +33,12 @@ class Evaluation:
 class HeldOut:
     """Held-out rows from `start` on, the source that made them, and a transcoder's `target` of the same rows."""
 
-    shards: Shards
+    shards: Rows
     source: Source | None = None
     start: int = 0
     batch_tokens: int = 4096
     ce_sequences: int = 0
-    target: Shards | None = None
+    target: Rows | None = None
 
     def batches(self) -> ValBatches:
         """The rows, or pairs (x, y)."""
@@ -95,7 +95,7 @@ def against_truth(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:
 def language_model(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:
     """Cross-entropy with each prefix's reconstruction spliced in, over the last held-out sequences."""
     shards, source, target = held_out.shards, held_out.source, held_out.target
-    replaced = (target or shards).manifest.hook_name
+    replaced = (target or shards).hook_name
     if not isinstance(source, LanguageModelSource) or held_out.ce_sequences == 0 or not can_replace(replaced):
         return {}
     tokens = torch.cat([shards.index("val", i)["tokens"] for i in range(len(shards.rows("val")))])
@@ -103,7 +103,7 @@ def language_model(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:
     try:
         scores = cross_entropy_recovered(
             source.load_model(str(sae.W_dec.device)),
-            shards.manifest.hook_name,
+            shards.hook_name,
             reconstruct,
             tokens[-held_out.ce_sequences :].long(),
             shards.identity["dropped_ids"],

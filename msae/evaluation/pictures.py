@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from numpy import subtract
 from torch import Tensor
 
-from msae.data.shards import Shards
+from msae.data.rows import Rows
 from msae.evaluation.matching import Match, cosines, match
 from msae.evaluation.truth import FLOOR, as_csr, at_features, latent_codes, true_codes
 from msae.sae import MatryoshkaSAE, SparseCode
@@ -205,9 +205,7 @@ def name_x(axis: Axes, every_x: list[Any], are_words: bool, log_x: bool) -> None
 
 
 @torch.no_grad()
-def truth_pictures(
-    saes: dict[str, MatryoshkaSAE], shards: Shards, rows: int = 8192, most: int = 4
-) -> dict[str, Figure]:
+def truth_pictures(saes: dict[str, MatryoshkaSAE], shards: Rows, rows: int = 8192, most: int = 4) -> dict[str, Figure]:
     """Draws the first `most` SAEs against the truth of their shards: `truth`, their directions, and `activations`.
 
     The activations are those of at most `rows` rows, the last held-out ones, on which no threshold was calibrated.

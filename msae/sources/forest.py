@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -368,8 +368,10 @@ class ForestSource:
             sizes = {"train": min(self.chunk_rows, self.rows - starts[number])}
             if number == 0:
                 sizes["val"] = self.val_rows
-            splits = {s: Split({self.hook_names[0]: self._rows(s, number, n)}) for s, n in sizes.items()}
-            yield Chunk(splits, {"chunks": number + 1})
+            yield Chunk({s: partial(self._split, s, number, n) for s, n in sizes.items()}, {"chunks": number + 1})
+
+    def _split(self, split: str, chunk: int, rows: int) -> Split:
+        return Split({self.hook_names[0]: self._rows(split, chunk, rows)})
 
     def truth(self) -> dict[str, Tensor]:
         """features [n, d_in], parent [n] (−1: none), rate [n]; CSR of the val rows (offsets, feature, value)."""

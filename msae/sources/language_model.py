@@ -4,7 +4,7 @@ import importlib.metadata
 import math
 import re
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -29,7 +29,7 @@ from msae.sources.bridge import (
 from msae.sources.int8 import quantise
 from msae.sources.source import Chunk, Split
 from msae.sources.text import documents, text_identity
-from msae.sources.tokens import TokenChunk, keep_mask, one_ahead, special_ids, token_chunks
+from msae.sources.tokens import keep_mask, one_ahead, special_ids, token_chunks
 
 NAMES = ("model", "tokenizer", "revision", "text", "text_split", "text_config")  # the identity holds their content
 NOT_IN_A_ROW = ("hook_names", "device")  # settings that do not change a row
@@ -175,7 +175,16 @@ class LanguageModelSource:
         try:
             for number, chunk in enumerate(one_ahead(pass_over_text), start=before.get("chunk", 0)):
                 after = {**chunk.state, "chunk": number + 1}
-                yield Chunk(self._harvest(bridge, chunk, special, before, number), after)  # and no name keeps it alive
+                most = {
+                    "train": self.tokens - before.get("train_tokens", 0),
+                    "val": self._val_limit - before.get("val_tokens", 0),
+                }
+                splits = {
+                    split: partial(self._harvest, bridge, split, tokens, special, most[split], number)
+                    for split, tokens in (("train", chunk.train), ("val", chunk.val))
+                    if len(tokens)
+                }
+                yield Chunk(splits, after)
                 before = after
         finally:
             self.__dict__.pop("_bridge", None)  # training follows in the same process and needs the memory
@@ -222,28 +231,20 @@ class LanguageModelSource:
         """Hook → width of a row. Raises ValueError for a hook that gives no rows."""
         return hook_widths(self._bridge, self.hook_names)
 
-    def _harvest(
-        self, bridge: Any, chunk: TokenChunk, special: list[int], before: dict[str, Any], number: int
-    ) -> dict[str, Split]:
-        """The chunk's splits; the state `before` it tells how many rows each split still needs."""
-        splits = {}
-        for split, tokens, most in (("train", chunk.train, self.tokens), ("val", chunk.val, self._val_limit)):
-            if len(tokens) == 0:
-                continue
-            keep = keep_mask(tokens, special)
-            if not keep.any():
-                raise ValueError(
-                    f"all {tokens.numel()} {split} tokens are special ({special[:8]}), none is left to keep; "
-                    "the tokenizer does not fit the text, set data.source.tokenizer"
-                )
-            # The last sequence may bring more rows than the split needs.
-            keep &= (keep.flatten().cumsum(0) <= most - before.get(f"{split}_tokens", 0)).view_as(keep)
-            slots = torch.randperm(int(keep.sum()), generator=stream(self.seed, "rows", number, split))
-            rows, scales = self._forward(bridge, tokens, keep, slots)
-            order = slots.argsort()
-            sequence, position = (i[order].int() for i in keep.nonzero(as_tuple=True))
-            splits[split] = Split(rows, {"sequence": sequence, "position": position, "tokens": tokens}, scales)
-        return splits
+    def _harvest(self, bridge: Any, split: str, tokens: Tensor, special: list[int], most: int, number: int) -> Split:
+        """Rows of a chunk's sequences [n, context] in one split, which needs `most` rows more."""
+        keep = keep_mask(tokens, special)
+        if not keep.any():
+            raise ValueError(
+                f"all {tokens.numel()} {split} tokens are special ({special[:8]}), none is left to keep; "
+                "the tokenizer does not fit the text, set data.source.tokenizer"
+            )
+        keep &= (keep.flatten().cumsum(0) <= most).view_as(keep)  # the last sequence may bring more
+        slots = torch.randperm(int(keep.sum()), generator=stream(self.seed, "rows", number, split))
+        rows, scales = self._forward(bridge, tokens, keep, slots)
+        order = slots.argsort()
+        sequence, position = (i[order].int() for i in keep.nonzero(as_tuple=True))
+        return Split(rows, {"sequence": sequence, "position": position, "tokens": tokens}, scales)
 
     @torch.no_grad()
     def _forward(

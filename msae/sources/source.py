@@ -1,6 +1,6 @@
 """The contract of a source of activations, which a language model and a synthetic world keep alike."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,9 +24,13 @@ class Split:
 
 @dataclass
 class Chunk:
-    """One resumable step of a harvest: at most one shard a split, and the state from which the next chunk follows."""
+    """One resumable step of a source: the state from which the next chunk follows, and what makes this one's rows.
 
-    splits: dict[str, Split]
+    splits: "train" and "val", as far as the chunk has rows of them → a function that makes them, called once if at all:
+    ranks that share a source pass over each other's chunks, and a resumed run over those that it has read.
+    """
+
+    splits: Mapping[str, Callable[[], Split]]
     state: dict[str, Any]  # JSON, for `Source.chunks`
 
 
@@ -53,7 +57,7 @@ class Source(Protocol):
         """JSON that is recorded but does not decide the directory: paths, library versions."""
 
     def expected_rows(self) -> int:
-        """The most rows, train and val, that the harvest writes."""
+        """The most rows, train and val, of one pass."""
 
     def most_rows(self) -> tuple[int, int]:
         """The most training rows of one chunk, and the most held-out rows of all chunks together."""
@@ -62,7 +66,7 @@ class Source(Protocol):
         """The width of a row at this hook."""
 
     def bytes_per_row(self, hook_name: str) -> int:
-        """Bytes that one row takes on disk, in int8 with the 4 of its scale."""
+        """Bytes that one row takes, in int8 with the 4 of its scale."""
 
     def chunks(self, state: dict[str, Any] | None) -> Iterator[Chunk]:
         """The chunks from the start (None) or after the chunk of this state; deterministic either way."""

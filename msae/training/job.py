@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from msae import __version__
 from msae.data.activations import Activations
-from msae.data.batches import TrainBatches, ValBatches, as_pair
+from msae.data.batches import ValBatches, sample
 from msae.data.datamodule import ActivationData
 from msae.evaluation.evaluate import Evaluation, HeldOut, calibrate, evaluate
 from msae.evaluation.pictures import truth_pictures
@@ -51,9 +51,11 @@ def train(
     checkpoint = find_checkpoint(plan.ckpt_path, plan.run_dir, plan.runs, plan.name)
     if checkpoint is not None:
         run_of(checkpoint).refuse_other_settings(config)
-    activations = Activations(plan.data)
+    activations = Activations(plan.data, resuming=checkpoint is not None)
     try:
         module = build_module(recipes, activations)
+        if checkpoint is None:
+            start_from(module, activations)
         check_held_out(activations, plan.tokens)
         run = run_of(checkpoint) if checkpoint else new_run(plan.name, plan.runs, plan.run_dir, job)
         if checkpoint is None:
@@ -98,38 +100,41 @@ def refuse_impossible(plan: Train, recipes: dict[str, Recipe]) -> None:
 def check_held_out(activations: Activations, tokens: int) -> None:
     """Refuse what would only fail after the run directory is made. Raises ValueError in one line."""
     activations.steps(tokens)
-    if (held_out := sum(activations.shards.rows("val"))) < 2:
+    if (held_out := sum(activations.rows.rows("val"))) < 2:
         raise ValueError(
-            f"{activations.shards.directory} has {held_out} held-out rows, expected at least 2 to calibrate and "
+            f"{activations.rows} has {held_out} held-out rows, expected at least 2 to calibrate and "
             "evaluate on; raise data.source.val_fraction or give more text"
         )
 
 
 def build_module(recipes: dict[str, Recipe], activations: Activations) -> MatryoshkaTraining:
-    """The LightningModule for these shards, every SAE starting from their mean and variance."""
-    shards, target = activations.shards, activations.target
-    of_target = None if target is None else (target.mean, target.mean_square)
+    """The LightningModule for these rows."""
+    rows, target = activations.rows, activations.target
     plain = {}
     for name, recipe in recipes.items():
         if target is None and recipe.d_out is not None:
             raise ValueError(
                 f"model.d_out={recipe.d_out} is of a transcoder; name what it reconstructs with data.target_hook_name=…"
             )
-        for key, of in (("d_in", shards), ("d_out", target)):
+        for key, of in (("d_in", rows), ("d_out", target)):
             if of is not None and getattr(recipe, key) not in (None, of.d_in):
                 raise ValueError(
-                    f"shards in {of.directory} have {key}={of.d_in}, the model expects {getattr(recipe, key)}; "
+                    f"{of} has {key}={of.d_in}, the model expects {getattr(recipe, key)}; "
                     f"drop model.{key} or harvest another hook"
                 )
-        plain[name] = as_plain(changed(recipe, d_in=shards.d_in, d_out=None if target is None else target.d_in))
-    module = MatryoshkaTraining(plain)
-    first: Tensor | None = None
-    if any(recipe.init.b_dec == "geometric_median" for recipe in recipes.values()):
-        batches = TrainBatches(target or shards, activations.data.batch_tokens, 1, activations.data.seed)
-        first = as_pair(batches.batch(0), module.sae.W_dec)[1]
+        plain[name] = as_plain(changed(recipe, d_in=rows.d_in, d_out=None if target is None else target.d_in))
+    return MatryoshkaTraining(plain)
+
+
+def start_from(module: MatryoshkaTraining, activations: Activations) -> None:
+    """Start every SAE from the mean and variance of the training rows; a resumed run has them in its checkpoint."""
+    rows, target = activations.rows, activations.target
+    of_target = None if target is None else (target.mean, target.mean_square)
+    some: Tensor | None = None
+    if any(step.recipe.init.b_dec == "geometric_median" for _, step in module.living()):
+        some = sample(target or rows, activations.data.batch_tokens, activations.data.seed).to(module.sae.W_dec)
     for _, step in module.living():
-        step.start_from((shards.mean, shards.mean_square), of_target, first)
-    return module
+        step.start_from((rows.mean, rows.mean_square), of_target, some)
 
 
 def build_trainer(plan: Train, activations: Activations, module: MatryoshkaTraining, run: Run) -> L.Trainer:
@@ -174,34 +179,34 @@ def fit(
 
 def export(step: Step, activations: Activations, run: Run, evaluation: Evaluation) -> dict[str, float]:
     """Calibrate on the first half of the held-out rows, export, and measure what was exported on the second half."""
-    shards, sae, data = activations.shards, step.sae, activations.data
-    middle = sum(shards.rows("val")) // 2
+    rows, sae, data = activations.rows, step.sae, activations.data
+    middle = sum(rows.rows("val")) // 2
     if step.recipe.decoder == "unit_norm_before_step":  # the last step left them off 1 by that step
         fold_decoder_norm(sae)
     stop = min(middle, evaluation.calibration_tokens)
-    calibrate(sae, ValBatches(shards, data.batch_tokens, stop=stop))
+    calibrate(sae, ValBatches(rows, data.batch_tokens, stop=stop))
     if step.recipe.decoder == "free":  # training selects by pre without norms: the calibrated threshold takes them in
         fold_decoder_norm(sae)
     save_sae(sae, run.sae_directory, sae_metadata(activations, step.recipe))
     exported = load_sae(run.sae_directory, sae.W_dec.device)
     exported.kernels = sae.kernels
-    held_out = HeldOut(shards, data.source, middle, data.batch_tokens, evaluation.ce_sequences, activations.target)
+    held_out = HeldOut(rows, data.source, middle, data.batch_tokens, evaluation.ce_sequences, activations.target)
     return evaluate(exported, held_out)
 
 
 def sae_metadata(activations: Activations, recipe: Recipe) -> dict[str, Any]:
     """What a user of the SAE must know about the activations it was trained on, under SAELens's names, and how."""
-    manifest, target = activations.shards.manifest, activations.target
-    identity, provenance = manifest.identity, manifest.provenance
+    rows, target = activations.rows, activations.target
+    identity, provenance = rows.identity, rows.provenance
     return {
         "model_name": provenance.get("model", identity.get("source")),
-        "hook_name": manifest.hook_name,
+        "hook_name": rows.hook_name,
         "hook_head_index": None,
         "context_size": identity.get("context"),
         "prepend_bos": identity.get("prepend_bos"),
         "dataset_path": provenance.get("text"),
         "seqpos_slice": [None],
-        **({"hook_name_out": target.manifest.hook_name} if target is not None else {}),
+        **({"hook_name_out": target.hook_name} if target is not None else {}),
         "trained_with": f"msae {__version__}",
         "training_architecture_details": {
             "decoder_init_norm": recipe.init.decoder_norm,
@@ -211,7 +216,7 @@ def sae_metadata(activations: Activations, recipe: Recipe) -> dict[str, Any]:
             "topk_threshold_lr": recipe.threshold_rate,
         },
         "msae": {"training": as_plain(recipe)},
-        "shards": {"identity_hash": manifest.identity_hash, "identity": identity},
+        "shards": {"identity_hash": rows.identity_hash, "identity": identity},
     }
 
 
@@ -240,7 +245,7 @@ class Ending:
             self.report(name, step, metrics[name])
         if arms:
             self.run.write_arms([changed(arm, error=self.module.failed.get(arm.name)) for arm in arms])
-            if self.activations.shards.truth is not None:
+            if self.activations.rows.truth is not None:
                 with SummaryWriter(self.run.tensorboard) as writer:
                     self.draw({name: step.sae for name, step in self.module.living()}, self.run, writer)
             self.run.write_metrics(tokens | {"seconds": time.perf_counter() - self.started})
@@ -253,7 +258,7 @@ class Ending:
         run.write_metrics({key: value for key, value in metrics.items() if math.isfinite(value)})
         settings = {key: value for key, value in flat(as_plain(step.recipe)).items() if key != "d_in"}
         settings |= {"tokens": self.plan.tokens, "batch_tokens": self.plan.data.batch_tokens}
-        settings["shards"] = self.activations.shards.directory.name
+        settings["shards"] = self.activations.rows.name
         final = {f"final/{key}": value for key, value in metrics.items()}
         logger.log_metrics(final, self.trainer.global_step)
         inner = tuple(f"/p{width}" for width in step.sae.prefixes[:-1])  # too many columns beside hyperparameters
@@ -263,7 +268,7 @@ class Ending:
 
     def draw(self, saes: dict[str, MatryoshkaSAE], run: Run, writer: SummaryWriter) -> None:
         """The pictures of these SAEs beside the truth, if it is known."""
-        if self.activations.shards.truth is not None:
-            for name, figure in truth_pictures(saes, self.activations.shards).items():
+        if self.activations.rows.truth is not None:
+            for name, figure in truth_pictures(saes, self.activations.rows).items():
                 figure.savefig(run.picture(name), dpi=150)
                 writer.add_figure(name, figure, self.trainer.global_step)

@@ -1,0 +1,154 @@
+"""Opens a source without a disk: its first chunks are made, and training reads the others as they come."""
+
+import math
+import os
+from collections.abc import Generator, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from msae.data.harvest import GB, directory_of, is_whole, sums
+from msae.data.memory import MemoryRows
+from msae.data.order import Spread
+from msae.data.pool import Begun, PoolFeed
+from msae.data.rows import Feed, Rows
+from msae.data.shards import Shards
+from msae.progress import is_other_rank, progress, say
+from msae.sources.source import Chunk, Source, Split
+
+POOL_ROWS = 32_768  # rows that are shuffled together, about
+BESIDE = 3  # chunks in memory beside those held: the one being made, its copy as it is dealt out, pools being read
+
+
+def open_stream(
+    source: Source,
+    hook_names: list[str],
+    root: str | Path,
+    gb: float,
+    device: str | None = None,
+    resuming: bool = False,
+    show: bool = True,
+) -> "tuple[dict[str, Rows], Stream | None]":
+    """Open the hooks' rows in at most `gb` GB of memory, once the source's first chunks are there.
+
+    A whole harvest of the same rows is used instead if it is there, and then nothing streams. A resumed run makes the
+    held-out rows alone, unless all rows fit. Raises ValueError in one line for a budget that is too small or more than
+    the machine has, and for a source without training rows.
+    """
+    directories = {hook: directory_of(source, hook, root) for hook in hook_names}
+    if all(is_whole(directory) for directory in directories.values()):
+        return {hook: Shards(directory) for hook, directory in directories.items()}, None
+    stream = Stream(source, hook_names, spread_of(source, hook_names, gb), device)
+    return dict(stream.open(resuming, show and not is_other_rank())), stream
+
+
+def spread_of(source: Source, hook_names: list[str], gb: float) -> Spread:
+    """How many chunks `gb` GB hold. Raises ValueError in one line if it is too small or more than there is."""
+    row = sum(source.bytes_per_row(hook) for hook in hook_names)
+    most, val = source.most_rows()
+    held = int((gb * GB - val * row) // (most * row)) - BESIDE
+    if held < 1:
+        need = (val + (1 + BESIDE) * most) * row / GB
+        digits = 2 - math.floor(math.log10(need))
+        raise ValueError(
+            f"data.memory_gb={gb:g} is too small for the held-out rows and {1 + BESIDE} chunks; "
+            f"set it to {math.ceil(need * 10**digits) / 10**digits:g} or more, or make chunks smaller"
+        )
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB if hasattr(os, "sysconf") else math.inf
+    if min(gb, source.expected_rows() * row / GB) > has:
+        raise ValueError(f"data.memory_gb={gb:g}, this machine has {has:.1f} GB; set it to less, or harvest to disk")
+    return Spread(held, max(4, math.ceil(most / POOL_ROWS)))  # four pools, which are read ahead, are a chunk at most
+
+
+class Stream:
+    """A source of which the first chunks are in memory, and the `feed` that goes on after them."""
+
+    def __init__(self, source: Source, hook_names: list[str], spread: Spread, device: str | None) -> None:
+        self.source, self.hook_names, self.spread, self.device = source, hook_names, spread, device
+        self.feed: PoolFeed | None = None
+        self.begun: Begun | None = None
+        self.is_whole = False
+
+    def open(self, resuming: bool, show: bool) -> "dict[str, StreamedRows]":
+        """Make the first chunks: as many as are held, or all that there are."""
+        chunks = self.source.chunks(None)
+        first = list(islice(chunks, self.spread.held))  # none of their rows are made yet
+        coming = next(chunks, None)
+        self.is_whole = coming is None
+        splits = self._made(first, ("val",) if resuming and not self.is_whole else ("train", "val"), show)
+        if coming is not None and splits["train"]:
+            self.begun = Begun(splits["train"], first[-1].state, after(coming, chunks))
+        statistics = {hook: statistics_of(splits["train"], hook) for hook in self.hook_names}
+        return {hook: StreamedRows(self, hook, splits, statistics[hook]) for hook in self.hook_names}
+
+    def _made(self, chunks: list[Chunk], wanted: Sequence[str], show: bool) -> dict[str, list[Split]]:
+        """The chunks' rows by split."""
+        splits: dict[str, list[Split]] = {"train": [], "val": []}
+        most, val = self.source.most_rows()
+        expected = min(self.source.expected_rows(), len(chunks) * most + val) if "train" in wanted else val
+        if show and not self.is_whole:
+            say(f"memory: {len(chunks)} chunks of up to {most:,} rows; rows mix over {self.spread.span} chunks")
+        with progress(expected, f"fill from {self.source.name}", disable=not show) as bar:
+            for chunk in chunks:
+                for split in (s for s in wanted if s in chunk.splits):
+                    splits[split].append(chunk.splits[split]())
+                    bar.update(len(splits[split][-1].activations[self.hook_names[0]]))
+            bar.total = bar.n
+        if "train" in wanted and not splits["train"]:
+            raise ValueError(
+                f"the source {self.source.name} gave no training rows; give it more text or raise "
+                f"{self.source.budget_key}"
+            )
+        return splits
+
+    def close(self) -> None:
+        """Stop making chunks, and let the source's model go."""
+        if self.feed is not None:
+            self.feed.halt()
+        if self.begun is not None:
+            self.begun.close()
+
+
+class StreamedRows(MemoryRows):
+    """One hook's rows of the chunks with which a stream begins; training takes them as it reads on."""
+
+    def __init__(
+        self, stream: Stream, hook_name: str, splits: dict[str, list[Split]], statistics: tuple[Tensor, float] | None
+    ) -> None:
+        super().__init__(stream.source, hook_name, splits, statistics)
+        self.stream, self.is_endless = stream, not stream.is_whole
+
+    def feed(self, sides: Sequence[Rows], batch_tokens: int, seed: int, rank: int, world: int) -> Feed:
+        """As `Rows.feed`: of all rows if they are here, else of chunks that come while training reads."""
+        stream = self.stream
+        if stream.is_whole:
+            return super().feed(sides, batch_tokens, seed, rank, world)
+        device = f"cuda:{torch.cuda.current_device()}" if stream.device == "cuda" else stream.device
+        hooks = [side.hook_name for side in sides]
+        begun, stream.begun = stream.begun, None
+        if begun is not None and world > 1:  # they are of all ranks
+            begun.close()
+            begun = None
+        stream.feed = PoolFeed(stream.source, hooks, stream.spread, begun, device, batch_tokens, seed, rank, world)
+        return stream.feed
+
+
+def after(first: Chunk, rest: Iterator[Chunk]) -> Generator[Chunk, None, None]:
+    """The first and the rest, which ends with this generator."""
+    try:
+        yield first
+        del first
+        yield from rest
+    finally:
+        rest.close()  # type: ignore[attr-defined]
+
+
+def statistics_of(chunks: list[Split], hook_name: str) -> tuple[Tensor, float] | None:
+    """E x [d_in] float64 and E‖x‖² of the chunks' rows, None of none. Raises ValueError if they are not finite."""
+    found = [sums(hook_name, rows) for rows in chunks]
+    rows = sum(len(rows.activations[hook_name]) for rows in chunks)
+    if not rows:
+        return None
+    return torch.stack([total for total, _ in found]).cumsum(0)[-1] / rows, sum(square for _, square in found) / rows
