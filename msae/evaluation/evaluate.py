@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,6 @@ from msae.evaluation.truth import truth_metrics
 from msae.progress import progress, say
 from msae.sae import MatryoshkaSAE, quantile_thresholds
 from msae.settings import Count, Natural, settings
-from msae.sources.language_model import LanguageModelSource
-from msae.sources.source import Source
 
 
 @settings
@@ -31,10 +30,13 @@ class Evaluation:
 
 @dataclass
 class HeldOut:
-    """Held-out rows from `start` on, the source that made them, and a transcoder's `target` of the same rows."""
+    """Held-out rows from `start` on, a transcoder's `target` of the same rows, and the language model they are of.
+
+    `load_model` loads it onto a device; without it, and without `ce_sequences`, there are no cross-entropies.
+    """
 
     shards: Shards
-    source: Source | None = None
+    load_model: Callable[[str], Any] | None = None
     start: int = 0
     batch_tokens: int = 4096
     ce_sequences: int = 0
@@ -94,15 +96,15 @@ def against_truth(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:
 
 def language_model(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:
     """Cross-entropy with each prefix's reconstruction spliced in, over the last held-out sequences."""
-    shards, source, target = held_out.shards, held_out.source, held_out.target
+    shards, target = held_out.shards, held_out.target
     replaced = (target or shards).manifest.hook_name
-    if not isinstance(source, LanguageModelSource) or held_out.ce_sequences == 0 or not can_replace(replaced):
+    if held_out.load_model is None or held_out.ce_sequences == 0 or not can_replace(replaced):
         return {}
     tokens = torch.cat([shards.index("val", i)["tokens"] for i in range(len(shards.rows("val")))])
     reconstruct: dict[str, Reconstruct] = {f"p{w}": partial(sae, prefix=w) for w in sae.prefixes}
     try:
         scores = cross_entropy_recovered(
-            source.load_model(str(sae.W_dec.device)),
+            held_out.load_model(str(sae.W_dec.device)),
             shards.manifest.hook_name,
             reconstruct,
             tokens[-held_out.ce_sequences :].long(),

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from msae.data.shards import Shards
+from msae.data.shards import Shards, identity_hash
 from msae.files import read_json, write, write_json
 from msae.interop import load as load_any_sae
 from msae.progress import is_other_rank
@@ -133,11 +133,18 @@ class Run:
         """The run of an arm; of the only SAE of a run, whose name is empty, the run itself."""
         return Run(self.path / name, self) if name else self
 
+    def with_sae(self) -> list["Run"]:
+        """The run itself, or of a run with several SAEs the arms that have one."""
+        if not self.arms_file.exists() or self.sae_directory.exists():
+            return [self]
+        return [arm for arm in map(self.arm, (arm.name for arm in self.arms())) if arm.sae_directory.is_dir()]
+
     def load_sae(self) -> MatryoshkaSAE:
         """The SAE, in any form that is read. Raises ValueError in one line, naming the arms where there are several."""
-        if self.arms_file.exists() and not self.sae_directory.exists():
-            names = [arm.name for arm in self.arms() if self.arm(arm.name).sae_directory.is_dir()]
-            raise ValueError(f"{self} has several SAEs; give {self}/<one of {', '.join(names)}>")
+        if (arms := self.with_sae()) != [self]:
+            raise ValueError(
+                f"{self} has several SAEs; give {self}/<one of {', '.join(arm.path.name for arm in arms)}>"
+            )
         return load_any_sae(self.sae_directory if self.sae_directory.is_dir() else self.path)
 
     def shards(self, sae: MatryoshkaSAE, given: str | None = None) -> Shards:
@@ -150,6 +157,21 @@ class Run:
         if re.fullmatch("[0-9a-f]{12}", name) and (found := sorted(root.glob(f"*-{name}"))):
             return Shards(found[0])
         raise ValueError(f"no shards for {self}; give shards=<a directory that python -m msae.harvest made>")
+
+    def target_shards(self, sae: MatryoshkaSAE, shards: Shards, given: str | None = None) -> Shards:
+        """These shards, or those beside `shards` of the hook that the transcoder reconstructs, from the same harvest.
+
+        Raises ValueError in one line if they are not there.
+        """
+        if given is not None:
+            return Shards(given)
+        name = identity_hash({**shards.identity, "hook_name": sae.metadata.get("hook_name_out")})
+        if found := sorted(shards.directory.parent.glob(f"*-{name}")):
+            return Shards(found[0])
+        raise ValueError(
+            f"no shards beside {shards.directory} of what {self}, a transcoder, reconstructs; "
+            "give target_shards=<the directory of that hook>"
+        )
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
