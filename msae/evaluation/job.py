@@ -57,6 +57,8 @@ class Evaluate:
             raise ValueError("calibrate=true uses the first half of the rows, so rows=all would measure it; drop one")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device=cuda, but PyTorch sees none; give device=cpu")
+        if self.out is not None and Path(self.out).exists() and not Path(self.out).is_dir():
+            raise ValueError(f"out={self.out} is a file; give out=<directory>")
 
 
 def evaluate_all(options: Evaluate) -> dict[str, dict[str, float]]:
@@ -76,8 +78,6 @@ def evaluate_all(options: Evaluate) -> dict[str, dict[str, float]]:
     if options.batch_tokens is None:
         options = changed(options, batch_tokens=first_setting(runs, "data.batch_tokens") or HeldOut.batch_tokens)
     held_out = held_out_of(options, runs, saes)
-    if options.out is not None:
-        Path(options.out).mkdir(parents=True, exist_ok=True)  # a mistake in it is seen before the work
     figures = {}
     for name, sae in saes.items():
         if len(saes) > 1:
@@ -88,6 +88,7 @@ def evaluate_all(options: Evaluate) -> dict[str, dict[str, float]]:
         figures[name] = evaluate(sae, held_out)
         sae.cpu()
     if options.out is not None:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
         write_figures(Path(options.out), options, saes, held_out, figures)
     return figures
 
@@ -144,12 +145,12 @@ def check_alike(saes: dict[str, MatryoshkaSAE]) -> None:
     """Raises ValueError in one line unless all SAEs read, and reconstruct, activations of the same kind."""
     (first, one), *others = saes.items()
     for name, sae in others:
-        for what, a, b in (("d_in", one.d_in, sae.d_in), ("d_out", one.d_out, sae.d_out)):
-            if a != b:
-                raise ValueError(f"{first} has {what}={a}, {name} has {what}={b}; evaluate them one by one")
         if one.is_transcoder != sae.is_transcoder:
             transcoder, other = (first, name) if one.is_transcoder else (name, first)
             raise ValueError(f"{transcoder} is a transcoder, {other} is not; evaluate them one by one")
+        for what, a, b in (("d_in", one.d_in, sae.d_in), ("d_out", one.d_out, sae.d_out)):
+            if a != b:
+                raise ValueError(f"{first} has {what}={a}, {name} has {what}={b}; evaluate them one by one")
 
 
 def check_fits(name: str, sae: MatryoshkaSAE, shards: Shards, target: Shards | None, calibrates: bool) -> None:
@@ -248,7 +249,11 @@ def write_figures(
         "settings": as_plain(options),
         "rows": sum(held_out.shards.rows("val")) - held_out.start,
         **{
-            key: {"directory": of.directory.name, "hook_name": of.manifest.hook_name, "identity": of.identity}
+            key: {
+                "directory": of.directory.name,
+                "hook_name": of.manifest.hook_name,
+                "identity_hash": of.manifest.identity_hash,
+            }
             for key, of in sides.items()
             if of is not None
         },
@@ -266,7 +271,7 @@ def write_figures(
     write_json(out / JSON, content, indent=2)
     if panels := against_l0(saes, figures):
         figure = lines(panels, "active latents a token (L0)", title="held-out rows, a point for each prefix")
-        write(out / PICTURE, lambda path: figure.savefig(path, format="png", dpi=150))
+        write(out / PICTURE, lambda path: figure.savefig(path, format="png", dpi=150, bbox_inches="tight"))
 
 
 def against_l0(
