@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import msae.evaluation.job
 from msae import evaluate, export, train
+from msae.data.batches import ValBatches
 from msae.data.harvest import harvest
 from msae.data.shards import Shards
-from msae.evaluation.evaluate import HeldOut
+from msae.evaluation.evaluate import HeldOut, calibrate
 from msae.evaluation.evaluate import evaluate as measure
 from msae.runs import open_run
 from msae.sae import MatryoshkaSAE, save_sae
@@ -165,9 +166,20 @@ def test_calibrating_meets_k_on_rows_that_are_not_measured(synthetic, figures, r
     calibrated, _, err = figures(synthetic, f"sae=[{name},family/topk]", "calibrate=true")
     assert calibrated[name]["val/l0/p32"] == pytest.approx(k, rel=0.1)
     assert calibrated[name]["val/l0/p32"] == pytest.approx(metrics_of("one")["val/l0/p32"], rel=0.05)
-    assert "500 rows" in err
+    assert "on the first 500 rows" in err
     assert calibrated["family/topk"] == measured(synthetic / "family/topk")
     assert "family/topk: thresholds kept, those of topk are not calibrated" in err
+
+
+@pytest.mark.parametrize(("most", "stop"), [(10_000, 500), (200, 200)])
+def test_calibration_reads_rows_before_those_that_are_measured(most, stop, synthetic) -> None:
+    held_out = HeldOut(Shards(next((synthetic / "shards").iterdir())), start=500)
+    sae, expected, of_all = (open_run(synthetic / "one").load_sae() for _ in range(3))
+    msae.evaluation.job.set_thresholds("one", sae, held_out, most)
+    calibrate(expected, ValBatches(held_out.shards, 4096, stop=stop))
+    calibrate(of_all, ValBatches(held_out.shards, 4096))
+    assert torch.equal(sae.threshold, expected.threshold)
+    assert not torch.equal(sae.threshold, of_all.threshold)
 
 
 def test_a_hook_that_differs_is_said(text, figures) -> None:
