@@ -4,7 +4,7 @@ from omegaconf import DictConfig
 
 from msae.cli.command import command
 from msae.cli.result import print_comparison, print_figures
-from msae.evaluation.job import Evaluate, evaluate_all
+from msae.evaluation.job import JSON, PICTURE, Evaluate, evaluate_all
 from msae.progress import say
 
 
@@ -16,7 +16,7 @@ def main(options: Evaluate, _: DictConfig) -> None:
     else:
         print_comparison(figures, "sae")
     if options.out is not None:
-        say(f"figures: {options.out}/evaluation.json\npicture: {options.out}/evaluation.png")
+        say(f"figures: {options.out}/{JSON}\npicture: {options.out}/{PICTURE}")
 
 
 if __name__ == "__main__":

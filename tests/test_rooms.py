@@ -21,15 +21,8 @@ MAY_IMPORT = {  # room → rooms below it
     "explorer": {"sae", "sources", "data", "evaluation", "runs", "hierarchy"},
     "cli": {"sae", "data", "evaluation", "runs", "training"},
 }
-COMMANDS = {
-    "train",
-    "harvest",
-    "evaluate",
-    "export",
-    "report",
-    "hierarchy.__main__",
-    "runs.__main__",
-}  # may import every room
+# may import every room
+COMMANDS = {"train", "harvest", "evaluate", "export", "report", "hierarchy.__main__", "runs.__main__"}
 ONLY_IN = {  # package → where it may be imported
     "lightning": ("training", "data.datamodule"),
     "transformer_lens": ("sources.bridge",),
