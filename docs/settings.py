@@ -1,6 +1,7 @@
 """python docs/settings.py > docs/settings.md: every setting of every command, source and mechanism."""
 
 from msae.cli.help import markdown_table
+from msae.evaluation.job import Evaluate
 from msae.explorer.inputs import Explore
 from msae.export import Export
 from msae.runs.__main__ import Runs
@@ -21,6 +22,7 @@ SECTIONS: list[tuple[str, type, str]] = [
     ("`data.source` of `data=tree`, `+experiment=forest`: a synthetic world", ForestSource, "data.source"),
     ("`data.source` of `data=language_model`", LanguageModelSource, "data.source"),
     *((f"`model.sparsity={{name: {name}, …}}`", cls, "") for name, cls in SPARSITIES.items() if fields_of(cls)),
+    ("`python -m msae.evaluate`", Evaluate, ""),
     ("`python -m msae.hierarchy`, `python -m msae.report`", Explore, ""),
     ("`python -m msae.export`", Export, ""),
     ("`python -m msae.runs`", Runs, ""),

@@ -4,7 +4,7 @@ from omegaconf import DictConfig
 
 from msae.cli.arms import describe_arms, recipes_of
 from msae.cli.command import command, job_directory, plain
-from msae.cli.result import print_arms, print_metrics
+from msae.cli.result import print_result
 from msae.training.settings import Train
 
 
@@ -16,10 +16,8 @@ def main(train: Train, cfg: DictConfig) -> None:
     from msae.training import job  # Lightning takes seconds to import; a mistake is said before
 
     run, metrics, failed = job.train(train, arms, recipes, plain(cfg), job_directory())
-    if arms and metrics:
-        print_arms(run, metrics)
-    elif metrics:  # none in another rank
-        print_metrics(run, metrics[""])
+    if metrics:  # none in another rank
+        print_result(run, metrics)
     if failed and job_directory() is None:  # a sweep counts them itself
         raise SystemExit(1)
 

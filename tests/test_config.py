@@ -10,7 +10,7 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from msae import export, harvest, train
+from msae import evaluate, export, harvest, train
 from msae.cli.command import compose, config_dir
 from msae.hierarchy import __main__ as hierarchy
 from msae.runs import __main__ as runs
@@ -132,7 +132,7 @@ def test_interrupt(call, raises) -> None:
         assert call(train)[::2] == (130, "interrupted\n")
 
 
-@pytest.mark.parametrize("command", [train, harvest, export, hierarchy, runs])
+@pytest.mark.parametrize("command", [train, harvest, evaluate, export, hierarchy, runs])
 def test_help_names_every_key(done, command) -> None:
     out, err = done(command, "--help")
     assert err == ""

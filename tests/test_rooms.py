@@ -14,14 +14,15 @@ MAY_IMPORT = {  # room → rooms below it
     "sources": set(),
     "data": {"sources"},
     "interop": {"sae"},
-    "evaluation": {"sae", "sources", "data"},
     "runs": {"sae", "data", "interop"},
+    "evaluation": {"sae", "sources", "data", "runs"},
     "training": {"sae", "sources", "data", "evaluation", "runs"},
     "hierarchy": {"sae", "data", "evaluation"},
     "explorer": {"sae", "sources", "data", "evaluation", "runs", "hierarchy"},
     "cli": {"sae", "data", "evaluation", "runs", "training"},
 }
-COMMANDS = {"train", "harvest", "export", "report", "hierarchy.__main__", "runs.__main__"}  # may import every room
+# may import every room
+COMMANDS = {"train", "harvest", "evaluate", "export", "report", "hierarchy.__main__", "runs.__main__"}
 ONLY_IN = {  # package → where it may be imported
     "lightning": ("training", "data.datamodule"),
     "transformer_lens": ("sources.bridge",),

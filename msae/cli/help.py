@@ -8,6 +8,7 @@ MORE = "docs/settings.md has every key with its range, default and meaning; --cf
 EXAMPLES = {
     "train": "python -m msae.train +experiment=gpt2_l8 model.k=64 tokens=10_000_000",
     "harvest": "python -m msae.harvest +experiment=gpt2_l8",
+    "evaluate": "python -m msae.evaluate sae='[runs/<run>,runs/<run>/<arm>]'",
     "export": "python -m msae.export sae=runs/<run> to=saelens out=exported",
     "hierarchy": "python -m msae.hierarchy run=runs/<run>",
     "report": "python -m msae.report run=runs/<run>",

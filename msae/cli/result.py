@@ -1,4 +1,4 @@
-"""What a run says at its end, and the table of all runs."""
+"""Tables of figures: of one SAE, of several beside each other, of all runs."""
 
 import re
 from datetime import datetime
@@ -13,14 +13,25 @@ from msae.progress import say
 from msae.runs import Run, deciding
 
 OF_PREFIXES = ("fvu", "mse", "l0", "dead", "ce", "ce_score")
-OF_ARMS = (
+COMPARED = (
     *("val/fvu", "val/l0", "val/dead", "val/ce_score"),
     *("truth/mcc", "truth/firing_f1", "truth/parent_silent_given_child", "truth/cos_child_parent"),
 )
 
 
-def print_metrics(run: Run, metrics: dict[str, float]) -> None:
-    """One row a prefix, then the figures that concern the whole SAE, and where everything is."""
+def print_result(run: Run, metrics: dict[str, dict[str, float]]) -> None:
+    """The end of a training: the figures of its SAE, whose name is empty, or of its arms, and where everything is."""
+    if "" in metrics:
+        print_figures(metrics[""])
+        say(f"sae:     {run.sae_directory}\nmetrics: {run.metrics_file}")
+        say(f"charts:  tensorboard --logdir {run.path.parent}")
+    else:
+        print_comparison(metrics, "arm")
+        say(f"arms:    {run.arms_file}\ncharts:  tensorboard --logdir {run}")
+
+
+def print_figures(metrics: dict[str, float]) -> None:
+    """One row a prefix, then the figures that concern the whole SAE."""
     widths = sorted({int(key.rpartition("/p")[2]) for key in metrics if re.search(r"/p\d+$", key)})
     names = [name for name in OF_PREFIXES if f"val/{name}/p{widths[-1]}" in metrics]
     table = Table("prefix", *names, title="held-out rows")
@@ -33,19 +44,17 @@ def print_metrics(run: Run, metrics: dict[str, float]) -> None:
         if not re.search(r"/p\d+$", key):
             rest.add_row(key, f"{value:,.0f}" if key == "train/tokens" else f"{value:.4g}")
     console.print(rest)
-    say(f"sae:     {run.sae_directory}\nmetrics: {run.metrics_file}\ncharts:  tensorboard --logdir {run.path.parent}")
 
 
-def print_arms(run: Run, metrics: dict[str, dict[str, float]]) -> None:
-    """One row an arm, of its widest prefix."""
-    rows = {name: of_arm | widest(of_arm) for name, of_arm in metrics.items()}
-    columns = [key for key in OF_ARMS if any(key in row for row in rows.values())]
+def print_comparison(metrics: dict[str, dict[str, float]], title: str) -> None:
+    """One row an SAE, of its widest prefix; `title` heads the column of their names."""
+    rows = {name: of_sae | widest(of_sae) for name, of_sae in metrics.items()}
+    columns = [key for key in COMPARED if any(key in row for row in rows.values())]
     names = [Column(key.rpartition("/")[2], overflow="fold") for key in columns]
-    table = Table(Column("arm", overflow="fold"), *names, title="held-out rows, all latents")
+    table = Table(Column(title, overflow="fold"), *names, title="held-out rows, all latents")
     for name, row in rows.items():
-        table.add_row(name, *(f"{row[key]:.4g}" if key in row else "" for key in columns))
+        table.add_row(escape(name), *(f"{row[key]:.4g}" if key in row else "" for key in columns))
     Console().print(table)
-    say(f"arms:    {run.arms_file}\ncharts:  tensorboard --logdir {run}")
 
 
 def print_runs(runs: list[Run]) -> None:

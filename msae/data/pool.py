@@ -38,7 +38,6 @@ class Begun:
 
     def close(self) -> None:
         """Let the source's model go."""
-        self.held.clear()
         self.chunks.close()
 
 
@@ -211,6 +210,7 @@ class PoolFeed:
         place = chunk if self._chunks is None else chunk % self._chunks  # in the pass
         begun, self.begun = self.begun, None
         if begun is not None and chunk > 0:
+            begun.held.clear()
             begun.close()
         elif begun is not None:
             while begun.held:
@@ -253,8 +253,8 @@ class PoolFeed:
             raise ValueError(f"{name} has no chunk for rank {self.rank} of {self.world}; make chunks smaller")
         if self._chunks not in (None, chunks) or (self._chunks is None and chunks != len(self._checksums)):
             raise ValueError(
-                f"{name} ended after {chunks} chunks, not after {self._chunks or len(self._checksums)} as before, so it "
-                "gives other rows; start a new run"
+                f"{name} ended after {chunks} chunks, not after {self._chunks or len(self._checksums)} as before, so "
+                "it gives other rows; start a new run"
             )
         self._chunks = chunks
 

@@ -129,6 +129,7 @@ class StreamedRows(MemoryRows):
         hooks = [side.hook_name for side in sides]
         begun, stream.begun = stream.begun, None
         if begun is not None and world > 1:  # they are of all ranks
+            begun.held.clear()
             begun.close()
             begun = None
         stream.feed = PoolFeed(stream.source, hooks, stream.spread, begun, device, batch_tokens, seed, rank, world)

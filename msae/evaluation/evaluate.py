@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,6 @@ from msae.evaluation.truth import truth_metrics
 from msae.progress import progress, say
 from msae.sae import MatryoshkaSAE, quantile_thresholds
 from msae.settings import Count, Natural, settings
-from msae.sources.language_model import LanguageModelSource
-from msae.sources.source import Source
 
 
 @settings
@@ -31,10 +30,13 @@ class Evaluation:
 
 @dataclass
 class HeldOut:
-    """Held-out rows from `start` on, the source that made them, and a transcoder's `target` of the same rows."""
+    """Held-out rows from `start` on, a transcoder's `target` of the same rows, and the language model they are of.
 
-    shards: Rows
-    source: Source | None = None
+    `load_model` loads it onto a device; without it, and without `ce_sequences`, there are no cross-entropies.
+    """
+
+    rows: Rows
+    load_model: Callable[[str], Any] | None = None
     start: int = 0
     batch_tokens: int = 4096
     ce_sequences: int = 0
@@ -42,7 +44,7 @@ class HeldOut:
 
     def batches(self) -> ValBatches:
         """The rows, or pairs (x, y)."""
-        return ValBatches(self.shards, self.batch_tokens, start=self.start, target=self.target)
+        return ValBatches(self.rows, self.batch_tokens, start=self.start, target=self.target)
 
 
 def with_progress(batches: ValBatches, name: str) -> Iterator[Batch]:
@@ -85,7 +87,7 @@ def reconstruction(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:
 
 def against_truth(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:
     """`truth_metrics`; none unless the data are synthetic."""
-    truth = held_out.shards.truth
+    truth = held_out.rows.truth
     if truth is None:
         return {}
     rows = (as_pair(batch, sae.W_dec)[0] for batch in held_out.batches())
@@ -94,19 +96,19 @@ def against_truth(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:
 
 def language_model(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:
     """Cross-entropy with each prefix's reconstruction spliced in, over the last held-out sequences."""
-    shards, source, target = held_out.shards, held_out.source, held_out.target
-    replaced = (target or shards).hook_name
-    if not isinstance(source, LanguageModelSource) or held_out.ce_sequences == 0 or not can_replace(replaced):
+    rows, target = held_out.rows, held_out.target
+    replaced = (target or rows).hook_name
+    if held_out.load_model is None or held_out.ce_sequences == 0 or not can_replace(replaced):
         return {}
-    tokens = torch.cat([shards.index("val", i)["tokens"] for i in range(len(shards.rows("val")))])
+    tokens = torch.cat([rows.index("val", i)["tokens"] for i in range(len(rows.rows("val")))])
     reconstruct: dict[str, Reconstruct] = {f"p{w}": partial(sae, prefix=w) for w in sae.prefixes}
     try:
         scores = cross_entropy_recovered(
-            source.load_model(str(sae.W_dec.device)),
-            shards.hook_name,
+            held_out.load_model(str(sae.W_dec.device)),
+            rows.hook_name,
             reconstruct,
             tokens[-held_out.ce_sequences :].long(),
-            shards.identity["dropped_ids"],
+            rows.identity["dropped_ids"],
             target_hook_name=replaced,
         )
     except ValueError as error:

@@ -23,6 +23,12 @@ def can_replace(hook_name: str) -> bool:
     return not hook_name.endswith("hook_resid_mid")
 
 
+def check_can_replace(hook_name: str) -> None:
+    """Raises ValueError in one line for a hook through which nothing can be replaced."""
+    if not can_replace(hook_name):
+        raise ValueError(f"{hook_name} can be read but not replaced; evaluate at hook_resid_pre or hook_resid_post")
+
+
 @torch.no_grad()
 def cross_entropy_recovered(
     bridge: Any,
@@ -50,8 +56,7 @@ def cross_entropy_recovered(
     replaced = target_hook_name or hook_name
     for name in (hook_name, replaced):
         check_hook_name(bridge, name)
-    if not can_replace(replaced):
-        raise ValueError(f"{replaced} can be read but not replaced; evaluate at hook_resid_pre or hook_resid_post")
+    check_can_replace(replaced)
     if reserved := {"orig", "zero"} & set(reconstruct):
         raise ValueError(f"the reconstructions' names {sorted(reserved)} are taken; rename them")
     special = list(special_ids)

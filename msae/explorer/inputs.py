@@ -41,7 +41,7 @@ class Inputs:
         self.run = open_run(explore.run)
         self.sae = self.run.load_sae()
         self.out = Run(explore.out) if explore.out is not None else self.run
-        self.shards = self.run.shards(self.sae, explore.shards)
+        self.shards = self.run.rows(self.sae, explore.shards)
         check_fits(self.sae, self.shards)
         model, revision, tokenizer = (self.run.setting(f"data.source.{k}") for k in ("model", "revision", "tokenizer"))
         is_other = explore.language_model not in (None, model)

@@ -23,12 +23,14 @@ from typing import Any
 
 import yaml
 
-from msae.data.shards import Shards
+from msae.data.activations import Activations, Data
+from msae.data.rows import Rows
+from msae.data.shards import Shards, identity_hash
 from msae.files import read_json, write, write_json
 from msae.interop import load as load_any_sae
 from msae.progress import is_other_rank
 from msae.sae import MatryoshkaSAE
-from msae.settings import as_plain, flat, settings
+from msae.settings import as_plain, decode, flat, settings
 
 # Where files lie and how fast they are read decides nothing of what comes out.
 ANYWHERE = ("runs", "run_dir", "ckpt_path", "data.root", "data.prefetch", "data.max_disk_gb")
@@ -133,23 +135,65 @@ class Run:
         """The run of an arm; of the only SAE of a run, whose name is empty, the run itself."""
         return Run(self.path / name, self) if name else self
 
+    def with_sae(self) -> list["Run"]:
+        """The run itself, or of a run with several SAEs the arms that have one."""
+        if not self.arms_file.exists() or self.sae_directory.exists():
+            return [self]
+        return [arm for arm in map(self.arm, (arm.name for arm in self.arms())) if arm.sae_directory.is_dir()]
+
     def load_sae(self) -> MatryoshkaSAE:
         """The SAE, in any form that is read. Raises ValueError in one line, naming the arms where there are several."""
-        if self.arms_file.exists() and not self.sae_directory.exists():
-            names = [arm.name for arm in self.arms() if self.arm(arm.name).sae_directory.is_dir()]
-            raise ValueError(f"{self} has several SAEs; give {self}/<one of {', '.join(names)}>")
+        if (arms := self.with_sae()) != [self]:
+            raise ValueError(
+                f"{self} has several SAEs; give {self}/<one of {', '.join(arm.path.name for arm in arms)}>"
+            )
         return load_any_sae(self.sae_directory if self.sae_directory.is_dir() else self.path)
 
-    def shards(self, sae: MatryoshkaSAE, given: str | None = None) -> Shards:
-        """These shards, or those that the SAE was trained on. Raises ValueError in one line if they are not there."""
-        if given is not None:
-            return Shards(given)
+    def rows(self, sae: MatryoshkaSAE, shards: str | None = None) -> Rows:
+        """The rows of these shards, or those that the SAE was trained on: from disk, else as its run streamed them.
+
+        Of a stream these are the rows of its first chunks. Raises ValueError in one line if there are none.
+        """
+        if shards is not None:
+            return Shards(shards)
         of_sae = sae.metadata.get("shards")
         name = str(of_sae.get("identity_hash")) if isinstance(of_sae, dict) else ""
         root = Path(str(self.setting("data.root") or "shards"))
         if re.fullmatch("[0-9a-f]{12}", name) and (found := sorted(root.glob(f"*-{name}"))):
             return Shards(found[0])
+        if self.setting("data.memory_gb") is not None and self._streamed.rows.identity_hash == name:
+            return self._streamed.rows
         raise ValueError(f"no shards for {self}; give shards=<a directory that python -m msae.harvest made>")
+
+    def target_rows(self, sae: MatryoshkaSAE, rows: Rows, shards: str | None = None) -> Rows:
+        """The rows of these shards, or those that go with `rows`, of the hook that the transcoder reconstructs.
+
+        Raises ValueError in one line if they are not there.
+        """
+        if shards is not None:
+            return Shards(shards)
+        if not isinstance(rows, Shards) and self._streamed.target is not None:
+            return self._streamed.target
+        name = identity_hash({**rows.identity, "hook_name": sae.metadata.get("hook_name_out")})
+        if isinstance(rows, Shards) and (found := sorted(rows.directory.parent.glob(f"*-{name}"))):
+            return Shards(found[0])
+        raise ValueError(
+            f"no shards beside {rows} of what {self}, a transcoder, reconstructs; "
+            "give target_shards=<the directory of that hook>"
+        )
+
+    @cached_property
+    def _streamed(self) -> Activations:
+        """The rows of the first chunks that the run streamed, made again. Raises ValueError in one line."""
+        source = str(self.setting("data.source._target_"))
+        if not re.fullmatch(r"msae\.sources\.\w+\.\w+Source", source):  # the run may come from elsewhere
+            raise ValueError(
+                f"{self} streamed its rows from {source}, which is not called because a run names it; harvest them with "
+                "python -m msae.harvest and give shards=<the directory>"
+            )
+        activations = Activations(decode(Data, self.config["data"], "data"))
+        activations.close()
+        return activations
 
     # --- writing ------------------------------------------------------------------------------------------------------
 

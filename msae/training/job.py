@@ -26,6 +26,7 @@ from msae.runs import Arm, Run, new_run
 from msae.sae import MatryoshkaSAE, fold_decoder_norm, load_sae, save_sae
 from msae.sae.fast import triton
 from msae.settings import as_plain, build, changed, check_target, flat
+from msae.sources.language_model import LanguageModelSource
 from msae.training.callbacks import Interrupted, PrefixCharts, SaveWhenStopping, TokenProgress
 from msae.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks, find_checkpoint, run_of
 from msae.training.memory import keep_freed_memory
@@ -190,7 +191,8 @@ def export(step: Step, activations: Activations, run: Run, evaluation: Evaluatio
     save_sae(sae, run.sae_directory, sae_metadata(activations, step.recipe))
     exported = load_sae(run.sae_directory, sae.W_dec.device)
     exported.kernels = sae.kernels
-    held_out = HeldOut(rows, data.source, middle, data.batch_tokens, evaluation.ce_sequences, activations.target)
+    load_model = data.source.load_model if isinstance(data.source, LanguageModelSource) else None
+    held_out = HeldOut(rows, load_model, middle, data.batch_tokens, evaluation.ce_sequences, activations.target)
     return evaluate(exported, held_out)
 
 
