@@ -176,8 +176,8 @@ def test_calibration_reads_rows_before_those_that_are_measured(most, stop, synth
     held_out = HeldOut(Shards(next((synthetic / "shards").iterdir())), start=500)
     sae, expected, of_all = (open_run(synthetic / "one").load_sae() for _ in range(3))
     msae.evaluation.job.set_thresholds("one", sae, held_out, most)
-    calibrate(expected, ValBatches(held_out.shards, 4096, stop=stop))
-    calibrate(of_all, ValBatches(held_out.shards, 4096))
+    calibrate(expected, ValBatches(held_out.rows, 4096, stop=stop))
+    calibrate(of_all, ValBatches(held_out.rows, 4096))
     assert torch.equal(sae.threshold, expected.threshold)
     assert not torch.equal(sae.threshold, of_all.threshold)
 
@@ -259,11 +259,11 @@ MISTAKES = {
     "sae=empty": "no arm of empty has an SAE; see python -m msae.runs",
     "sae=one shards=nowhere": "nowhere has no manifest.json",
     "sae=stranger": "no shards for stranger; give shards=",
-    "sae=stranger shards=SHARDS": "have d_in=20, stranger expects 5; give shards=<the directory of the hook",
+    "sae=stranger shards=SHARDS": "has d_in=20, stranger expects 5; give shards=<the directory of the hook",
     "sae=[one,stranger]": "one has d_in=20, stranger has d_in=5; evaluate them one by one",
     "sae=one shards=few": "has 1 held-out rows, expected at least 2; give shards=",
     "sae=transcoder shards=SHARDS": "a transcoder, reconstructs; give target_shards=<the directory of that hook>",
-    "sae=transcoder shards=SHARDS target_shards=SHARDS": "have d_in=20, transcoder expects 7; give target_shards=",
+    "sae=transcoder shards=SHARDS target_shards=SHARDS": "has d_in=20, transcoder expects 7; give target_shards=",
     "sae=one target_shards=SHARDS": "is for a transcoder, which one is not; drop it",
     "sae=one language_model=gpt2": "has no rows of a language model; drop language_model",
     "sae=one rows=most": "rows=most: expected half | all",
