@@ -14,14 +14,14 @@ MAY_IMPORT = {  # room → rooms below it
     "sources": set(),
     "data": {"sources"},
     "interop": {"sae"},
-    "evaluation": {"sae", "sources", "data"},
+    "hierarchy": {"sae", "data"},
+    "evaluation": {"sae", "sources", "data", "hierarchy"},
     "runs": {"sae", "data", "interop"},
     "training": {"sae", "sources", "data", "evaluation", "runs"},
-    "hierarchy": {"sae", "data", "evaluation"},
     "explorer": {"sae", "sources", "data", "evaluation", "runs", "hierarchy"},
     "cli": {"sae", "data", "evaluation", "runs", "training"},
 }
-COMMANDS = {"train", "harvest", "export", "report", "hierarchy.__main__", "runs.__main__"}  # may import every room
+COMMANDS = {"train", "harvest", "export", "explore", "runs.__main__"}  # may import every room
 ONLY_IN = {  # package → where it may be imported
     "lightning": ("training", "data.datamodule"),
     "transformer_lens": ("sources.bridge",),

@@ -9,8 +9,7 @@ EXAMPLES = {
     "train": "python -m msae.train +experiment=gpt2_l8 model.k=64 tokens=10_000_000",
     "harvest": "python -m msae.harvest +experiment=gpt2_l8",
     "export": "python -m msae.export sae=runs/<run> to=saelens out=exported",
-    "hierarchy": "python -m msae.hierarchy run=runs/<run>",
-    "report": "python -m msae.report run=runs/<run>",
+    "explore": "python -m msae.explore run=runs/<run>",
     "runs": "python -m msae.runs",
 }
 
