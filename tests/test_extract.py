@@ -131,8 +131,8 @@ def test_what_is_asked_differs_where_anything_that_decides_differs(shards):
     scaled = perfect([3, 12, 20])
     scaled.scale.fill_(2.0)
 
-    def asked(of=sae, tokens=None, limits=Limits(), vanilla=None, seed=0) -> Asked:
-        return asked_of(of, shards, tokens, limits, vanilla, seed)
+    def asked(of=sae, tokens=None, limits=None, vanilla=None, seed=0) -> Asked:
+        return asked_of(of, shards, tokens, limits or Limits(), vanilla, seed)
 
     assert asked().differs_in(asked(perfect([3, 12, 20]))) == []
     assert asked().differs_in(asked(other)) == asked().differs_in(asked(scaled)) == ["sae"]
@@ -301,12 +301,8 @@ def test_firings_that_are_kept_come_back_bit_for_bit(tmp_path):
         file = tmp_path / "firings.safetensors"
         before, d_sae = firings.code, firings.d_sae
         after = load_firings(file, save_firings(firings, file), d_sae).code
-        assert [t.dtype for t in (after.offsets, after.latents, after.acts)] == [
-            torch.int64,
-            torch.int32,
-            torch.float32,
-        ]
-        for name in ("offsets", "latents", "acts"):
+        for name, dtype in {"offsets": torch.int64, "latents": torch.int32, "acts": torch.float32}.items():
+            assert getattr(after, name).dtype == dtype
             assert torch.equal(getattr(after, name), getattr(before, name))
         assert file.stat().st_size < 8 * (firings.rows + 1 + len(before.acts)) + 400
 

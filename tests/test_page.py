@@ -419,7 +419,7 @@ def test_a_latent_shows_all_that_is_known(visit):
 
 
 def test_an_edge_shows_each_test_passed_or_failed(visit):
-    edges, limits = example().hierarchy.edges, example().hierarchy.about.limits
+    edges, limits = example().hierarchy.edges, example().hierarchy.about.asked.limits
     latent = int(edges.child[17])  # its z is NaN
     other = int(np.flatnonzero((edges.child == latent) & ~edges.survives)[0])
     page = visit(latent)
