@@ -23,7 +23,7 @@ SECTIONS: list[tuple[str, type, str]] = [
     ("`data.source` of `data=language_model`", LanguageModelSource, "data.source"),
     *((f"`model.sparsity={{name: {name}, …}}`", cls, "") for name, cls in SPARSITIES.items() if fields_of(cls)),
     ("`python -m msae.evaluate`", Evaluate, ""),
-    ("`python -m msae.hierarchy`, `python -m msae.report`", Explore, ""),
+    ("`python -m msae.explore`", Explore, ""),
     ("`python -m msae.export`", Export, ""),
     ("`python -m msae.runs`", Runs, ""),
 ]

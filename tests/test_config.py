@@ -10,9 +10,8 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from msae import evaluate, export, harvest, train
+from msae import evaluate, explore, export, harvest, train
 from msae.cli.command import compose, config_dir
-from msae.hierarchy import __main__ as hierarchy
 from msae.runs import __main__ as runs
 from msae.settings import keys
 from msae.training.settings import Train
@@ -86,7 +85,7 @@ def test_a_mistake_is_one_line_and_makes_nothing(call, arguments) -> None:
 @pytest.mark.parametrize(
     ("command", "arguments", "line"),
     [
-        (hierarchy, ["run=x", "token=1"], "unknown key token; did you mean tokens?"),
+        (explore, ["run=x", "token=1"], "unknown key token; did you mean tokens?"),
         (runs, ["runs=nowhere"], "there are no runs in nowhere; python -m msae.train makes one"),
         (harvest, ["model.d_sea=3"], "unknown key model.d_sea; did you mean model.d_sae?"),
         (harvest, ["data=language_model"], "not set: data.source.model, data.source.hook_names,"),
@@ -132,7 +131,7 @@ def test_interrupt(call, raises) -> None:
         assert call(train)[::2] == (130, "interrupted\n")
 
 
-@pytest.mark.parametrize("command", [train, harvest, evaluate, export, hierarchy, runs])
+@pytest.mark.parametrize("command", [train, harvest, export, evaluate, explore, runs])
 def test_help_names_every_key(done, command) -> None:
     out, err = done(command, "--help")
     assert err == ""

@@ -1,7 +1,7 @@
 """Pairs and edges: every figure against loops over dense rows, and worlds of which the right answer is known."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,18 +12,17 @@ from scipy.stats import binomtest, false_discovery_control
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from msae.data.shards import Shards
-from msae.evaluation import truth
 from msae.hierarchy import edges as edges_module
-from msae.hierarchy.edges import Edges, grade, ranks, sibling_cosines
-from msae.hierarchy.extract import levels
-from msae.hierarchy.firings import Array, Firings, collect, pieces
+from msae.hierarchy import pairs as pairs_module
+from msae.hierarchy import sums as sums_module
+from msae.hierarchy.edges import Edges, Trial, grade, levels, ranks, sibling_cosines
+from msae.hierarchy.firings import Array, Firings, Rows, ShardRows
 from msae.hierarchy.limits import LINES, STAGES, TESTS, Limits
 from msae.hierarchy.pairs import Pairs, covering_pairs
 from msae.sae import MatryoshkaSAE
 from msae.settings import changed
 from msae.sources.forest import ForestSource
-from tests.test_firings import given_shards, of_dense, sae_of
+from tests.test_firings import InMemory, firings_of, given_shards, of_dense, sae_of
 
 Edge = tuple[int, int]
 
@@ -82,7 +81,7 @@ def naive_pairs(firings: Firings, coverage: float, least: int) -> dict[Edge, tup
 @pytest.mark.parametrize("children", [1, 5, 26, 512])
 @pytest.mark.parametrize(("coverage", "least"), [(0.5, 20), (0.8, 1), (0.0, 5), (1.0, 20), (0.5, 10**6)])
 def test_covering_pairs_are_those_of_loops(monkeypatch, children, coverage, least):
-    monkeypatch.setattr(truth, "CHILDREN", children)
+    monkeypatch.setattr(pairs_module, "CHILDREN", children)
     firings = of_dense(family(150, seed=least % 7))
     pairs, expected = covering_pairs(firings, coverage, least), naive_pairs(firings, coverage, least)
     assert sorted(edge_list(pairs)) == sorted(expected)
@@ -119,7 +118,7 @@ def test_above_chance_begins_at_the_lift():
 
 class World(NamedTuple):
     sae: MatryoshkaSAE
-    shards: Shards
+    rows: Rows
     firings: Firings
     level: Array
     x: Array  # rows in order
@@ -128,11 +127,12 @@ class World(NamedTuple):
         """Of the covering pairs, whose order does not matter."""
         pairs = covering_pairs(self.firings, limits.coverage, limits.least)
         pairs = pairs.where(np.random.default_rng(0).permutation(len(pairs.parent)))
-        return grade(self.sae, self.shards, self.firings, pairs, self.level, limits)
+        ((edges,),) = grade(self.rows, [Trial(self.sae, self.firings, pairs, [self.level], limits)])
+        return edges
 
 
-def random_world(root: Path, seed: int, rows: int = 330) -> World:
-    """Firings of every kind, oblique decoder rows of any norm, rows that they explain in part, in two shards."""
+def random_world(seed: int, rows: int = 330) -> World:
+    """Firings of every kind, oblique decoder rows of any norm, rows that they explain in part, in three batches."""
     values, generator = family(rows, seed), torch.Generator().manual_seed(seed)
     d_sae, d_in = values.shape[1], 18
     sae = MatryoshkaSAE(d_in, d_sae, [4, 12, d_sae], 4)
@@ -145,10 +145,9 @@ def random_world(root: Path, seed: int, rows: int = 330) -> World:
         sae.mean.copy_(torch.randn(d_in, generator=generator))
         x = torch.from_numpy(values) @ normalize(sae.W_dec, dim=1) + sae.unscale(sae.b_dec)
     x += 0.4 * torch.randn(x.shape, generator=generator)
-    shards = given_shards(root, [x[:70]], [x[70:200], x[200:]])
     level = np.random.default_rng(seed).permutation(levels(sae.prefixes))
     level[:2] = 0
-    return World(sae, shards, of_dense(values, pieces(shards, None)), level, x.double().numpy())
+    return World(sae, InMemory([x[:70], x[70:200], x[200:]]), of_dense(values), level, x.double().numpy())
 
 
 def naive_groups(counts: Array, size: int, least: int) -> list[set[int]]:
@@ -262,13 +261,13 @@ LIMITS = [
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory) -> list[tuple[World, Limits, Edges, dict[Edge, dict[str, float]], int]]:
+def compared() -> list[tuple[World, Limits, Edges, dict[Edge, dict[str, float]], int]]:
     """Each world and limits with the edges, the same by loops, and the pairs looked at."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(edges_module, "ROWS", 48)  # several batches a shard
+        patch.setattr(sums_module, "ROWS", 48)  # several batches a shard
         patch.setattr(edges_module, "CHILDREN", 2)
-        patch.setattr(truth, "CHILDREN", 7)
-        worlds = [random_world(tmp_path_factory.mktemp("world"), seed) for seed in range(3)]
+        patch.setattr(pairs_module, "CHILDREN", 7)
+        worlds = [random_world(seed) for seed in range(3)]
         return [(w, limits, w.grade(limits), *naive_edges(w, limits)) for w in worlds for limits in LIMITS]
 
 
@@ -306,10 +305,39 @@ def test_lines_survivors_funnel_and_parents_say_the_same(compared):
     assert {key for key, seen in outcomes.items() if seen != {True, False}} == {"coverage"}  # all candidates pass it
 
 
-def test_without_a_candidate_or_a_firing_there_is_no_edge(tmp_path):
-    world = random_world(tmp_path, 9)
+def test_several_trials_and_orders_share_one_reading_and_have_the_edges_that_they_have_alone():
+    worlds, read = [random_world(seed) for seed in range(2)], []
+    limits = changed(NO_Z, parents=3)
+    rows = worlds[0].rows
+
+    class Once(InMemory):
+        def read(self, what: str) -> Iterator[Tensor]:
+            read.append(what)
+            return iter(self.batches)
+
+    firings = [worlds[0].firings, worlds[0].firings.shuffled(0, 100)]
+    orders = [worlds[0].level, worlds[1].level, np.zeros(26, dtype=int)]
+    covering = [covering_pairs(each, limits.coverage, limits.least) for each in firings]
+    trials = [
+        Trial(worlds[0].sae, firings[0], covering[0], orders, limits),
+        Trial(worlds[1].sae, firings[1], covering[1], orders[:1], limits),
+    ]
+    together = grade(Once(rows.batches), trials)
+    assert read == ["test"]
+    assert [len(edges) for edges in together] == [3, 1]
+    for world, of, pairs, every in zip(worlds, firings, covering, together, strict=True):
+        for order, edges in zip(orders, every, strict=False):
+            ((alone,),) = grade(rows, [Trial(world.sae, of, pairs, [order], limits)])
+            assert edge_list(edges) == edge_list(alone)
+            assert len(edge_list(edges)) > 5
+            np.testing.assert_equal(edges.figures, alone.figures)
+            np.testing.assert_equal(edges.passed, alone.passed)
+
+
+def test_without_a_candidate_or_a_firing_there_is_no_edge():
+    world = random_world(9)
     for dense in (np.zeros((330, 26)), np.eye(330, 26)):
-        edges = world._replace(firings=of_dense(dense, world.firings.pieces)).grade(Limits())
+        edges = world._replace(firings=of_dense(dense)).grade(Limits())
         assert edge_list(edges) == []
         assert set(edges.funnel().values()) == {0}
         assert (edges.parents(26) == -1).all()
@@ -337,10 +365,10 @@ def graded(
     """The edges of the SAE on these rows, through a real shard directory."""
     limits = Limits() if limits is None else limits
     shards = given_shards(root, [x[: len(x) // 2]], [x[len(x) // 2 :]])
-    firings = collect(sae, shards, None, limits.floor)
+    firings = firings_of(sae, shards, None, limits.floor)
     if shuffle is not None:
         firings = firings.shuffled(shuffle)
-    return World(sae, shards, firings, levels(sae.prefixes), x.numpy()).grade(limits), firings
+    return World(sae, ShardRows(shards), firings, levels(sae.prefixes), x.numpy()).grade(limits), firings
 
 
 def survivors(edges: Edges) -> set[Edge]:

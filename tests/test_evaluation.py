@@ -14,6 +14,7 @@ from msae.evaluation.reconstruction import ReconstructionSums, reconstruction_me
 from msae.evaluation.truth import truth_metrics
 from msae.sae import MatryoshkaSAE
 from msae.sources.forest import ForestSource
+from tests.test_firings import InMemory
 
 # --- reconstruction --------------------------------------------------------------------------------------------
 
@@ -137,7 +138,7 @@ def test_evaluation_streams_the_held_out_rows(shards) -> None:
     expected = {
         **{f"val/{name}": value for name, value in reconstruction_metrics(sae, [x]).items()},
         "train/k": 2,
-        **{f"truth/{name}": value for name, value in truth_metrics(sae, x, shards.truth, 300).items()},
+        **{f"truth/{name}": value for name, value in truth_metrics(sae, InMemory([x]), shards.truth, 300).items()},
     }
     assert metrics == pytest.approx(expected, rel=1e-6, nan_ok=True)
     assert metrics["truth/l0"] == pytest.approx(metrics["val/l0/p32"])

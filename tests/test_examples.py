@@ -28,7 +28,7 @@ from msae.explorer.examples import (
     text_of,
 )
 from msae.explorer.inputs import words
-from msae.hierarchy.firings import Array, Firings, collect
+from msae.hierarchy.firings import Array, Firings, ShardRows, collect
 from msae.sae import MatryoshkaSAE
 from msae.sources.forest import ForestSource
 from tests.test_firings import given_shards, of_dense, sae_of
@@ -63,7 +63,8 @@ def text(tmp_path_factory) -> SimpleNamespace:
         sae.W_dec.mul_(torch.linspace(0.5, 2, 24)[:, None])
         sae.b_enc[5] = -100.0  # never fires
         sae.b_enc[0] = 0.3  # fires often
-    firings = collect(sae, shards, sum(map(len, rows[:3])) + 90)
+    read = ShardRows(shards, sum(map(len, rows[:3])) + 90)
+    (firings,) = collect([sae], read)
     tokens, dense, at = [], [], []
     for x, beside, whole in zip(rows, index, WHOLE, strict=True):
         kept = beside["sequence"] < whole
@@ -75,12 +76,12 @@ def text(tmp_path_factory) -> SimpleNamespace:
         tokens += list(beside["tokens"].numpy())
         dense += list(grid)
     return SimpleNamespace(
-        shards=shards,
+        rows=read,
         firings=firings,
         tokens=np.array(tokens),
         dense=np.array(dense),
         at=at,  # (sequence, position) of each row
-        text=text_of(shards, firings, WORDS),
+        text=text_of(read, WORDS),
     )
 
 
@@ -96,7 +97,7 @@ def plain_text(sequences: int, length: int, vocabulary: list[str]) -> Text:
 
 def test_every_row_has_its_token_sequence_and_position(text):
     beside = text.text
-    assert text.firings.pieces[-1].index is not None  # the last piece is a part of its shard
+    assert text.rows.pieces[-1].index is not None  # the last piece is a part of its shard
     np.testing.assert_array_equal(np.stack([beside.sequence, beside.position], 1), text.at)
     np.testing.assert_array_equal(beside.tokens, text.tokens)
     np.testing.assert_array_equal(beside.token, [text.tokens[at] for at in text.at])
@@ -111,18 +112,18 @@ def test_every_row_has_its_token_sequence_and_position(text):
 
 
 def test_without_a_vocabulary_tokens_are_numbers(text):
-    assert text_of(text.shards, text.firings, None).vocabulary == [f"⟨{i}⟩" for i in range(VOCABULARY)]
+    assert text_of(text.rows, None).vocabulary == [f"⟨{i}⟩" for i in range(VOCABULARY)]
 
 
 def test_a_vocabulary_that_lacks_a_token_is_refused_in_one_line(text):
     with pytest.raises(ValueError, match=r"^[^\n]* has token 29, the tokenizer has 29; give language_model=[^\n]*$"):
-        text_of(text.shards, text.firings, WORDS[:-1])
+        text_of(text.rows, WORDS[:-1])
 
 
 def test_rows_without_text_have_no_contexts(tmp_path):
     firings = of_dense(np.eye(3, 2))
     shards = given_shards(tmp_path, [torch.ones(3, 2)], [torch.ones(3, 2)])
-    assert text_of(shards, firings, None) is None
+    assert text_of(ShardRows(shards), None) is None
     examples = Examples(firings, None, np.array([-1, 0]))
     assert examples.contexts(1) == []
     assert examples.labels() == ["", ""]
@@ -298,8 +299,8 @@ def forest(tmp_path_factory) -> SimpleNamespace:
     sae = sae_of(features[order], torch.linalg.pinv(features)[:, order].T, [4, 20], 0.01)
     x = torch.cat([shards.activations("val", 0), shards.activations("train", 0)])[:300]
     active = (x.double() @ torch.linalg.pinv(features.double())).numpy() > 0.01
-    firings = collect(sae, shards, 300)
-    names, order = text_of(shards, firings, None), order.tolist()
+    (firings,) = collect([sae], ShardRows(shards, 300))
+    names, order = text_of(ShardRows(shards, 300), None), order.tolist()
     return SimpleNamespace(sae=sae, order=order, active=active, firings=firings, features=features, names=names)
 
 

@@ -13,30 +13,29 @@ import torch
 
 from msae.data.harvest import harvest
 from msae.data.shards import Shards
-from msae.hierarchy import extract as module
-from msae.hierarchy.edges import Edges, grade
+from msae.hierarchy.edges import Trial, grade, levels
 from msae.hierarchy.extract import (
     FIRINGS,
     ORDER,
     THIS,
     VANILLA,
     About,
+    Asked,
     Hierarchy,
+    asked_of,
     extract,
-    levels,
-    load,
-    numbers,
-    save,
     weights_hash,
+    without_directory,
 )
-from msae.hierarchy.firings import Array, Firings, collect
+from msae.hierarchy.files import load, load_firings, numbers, save, save_firings
+from msae.hierarchy.firings import Array, Firings, ShardRows
 from msae.hierarchy.limits import TESTS, Limits
 from msae.hierarchy.pairs import covering_pairs
 from msae.sae import MatryoshkaSAE
 from msae.settings import as_plain
 from msae.sources.forest import ForestSource
 from tests.test_edges import edges_among, survivors
-from tests.test_firings import given_shards, sae_of
+from tests.test_firings import firings_of, given_shards, of_dense, random_dense, sae_of
 
 SOURCE = ForestSource(rows=6000, val_rows=3000, chunk_rows=2500, root_p=0.25, magnitude_std=0.15)
 PARENT = SOURCE.parent.tolist()
@@ -74,7 +73,6 @@ def nested(shards) -> tuple[Hierarchy, Firings]:
 
 def test_a_perfect_sae_of_the_tree_is_found_whole_and_no_control_finds_it(nested, shards):
     hierarchy, firings = nested
-    assert hierarchy.truth == {"edge_precision": 1, "edge_recall": 1}
     assert hierarchy.parent.tolist() == PARENT
     assert list(hierarchy.funnels) == [THIS, ORDER, FIRINGS, VANILLA]
     kept = {name: funnel["rank"] for name, funnel in hierarchy.funnels.items()}
@@ -92,11 +90,16 @@ def test_a_perfect_sae_of_the_tree_is_found_whole_and_no_control_finds_it(nested
         tokens=9000,
         l0=firings.matrix.nnz / 9000,
         shards=shards.directory.name,
-        weights=weights_hash(perfect([3, 12, 20])),
-        identity_hash=shards.manifest.identity_hash,
         model="",
         hook_name="synthetic",
-        limits=Limits(),
+        asked=Asked(
+            sae=weights_hash(perfect([3, 12, 20])),
+            shards=shards.manifest.identity_hash,
+            tokens=None,
+            limits=Limits(),
+            seed=0,
+            vanilla=weights_hash(absorbed()),
+        ),
     )
 
 
@@ -109,34 +112,41 @@ def test_the_order_is_a_control_only_where_there_are_prefixes_and_vanilla_only_i
 ):
     hierarchy, _ = extract(perfect(prefixes), shards, 3000, Limits(), perfect([20]) if vanilla else None)
     assert list(hierarchy.funnels) == [THIS, *controls]
-    assert hierarchy.truth == {"edge_precision": 1, "edge_recall": 1}
+    assert hierarchy.parent.tolist() == PARENT
     assert not vanilla or hierarchy.funnels[VANILLA] == hierarchy.funnels[THIS]
 
 
-def test_precision_and_recall_are_of_the_surviving_edges(shards):
+def test_edges_of_latents_that_are_not_there_are_missing(shards):
     """Without the latents of parent 0 and child 6 there are five of nine edges, and a latent matched to nothing."""
     order = [1, 2, *range(3, 6), *range(7, 20)]
     hierarchy, _ = extract(perfect([18], order), shards, None, Limits())
     assert survivors(hierarchy.edges) == edges_among(order, PARENT)
-    assert hierarchy.truth == {"edge_precision": 1, "edge_recall": pytest.approx(5 / 9)}
 
     nothing, _ = extract(absorbed(), shards, 3000, Limits())
-    assert np.isnan(nothing.truth["edge_precision"])
-    assert nothing.truth["edge_recall"] == 0
     assert nothing.verdict().endswith("0 with firings shuffled. Nothing is found.")
 
-    passed = {"lift": np.array([True] * 4 + [False]), "rank": np.array([True, True, True, False, True])}
-    ends = np.array([[0, 0, 1, 2, 2], [3, 4, 3, 11, 10]])  # the third survives and is wrong
-    scores = module.against_truth(perfect([20]), shards, Edges(*ends, np.zeros(5, dtype=int), {}, passed, 50))
-    assert scores == {"edge_precision": pytest.approx(2 / 3), "edge_recall": pytest.approx(2 / 9)}
+
+def test_what_is_asked_differs_where_anything_that_decides_differs(shards):
+    sae, other = perfect([3, 12, 20]), perfect([3, 20])
+    scaled = perfect([3, 12, 20])
+    scaled.scale.fill_(2.0)
+
+    def asked(of=sae, tokens=None, limits=None, vanilla=None, seed=0) -> Asked:
+        return asked_of(of, shards, tokens, limits or Limits(), vanilla, seed)
+
+    assert asked().differs_in(asked(perfect([3, 12, 20]))) == []
+    assert asked().differs_in(asked(other)) == asked().differs_in(asked(scaled)) == ["sae"]
+    assert asked().differs_in(asked(tokens=9000)) == ["tokens"]
+    assert asked().differs_in(asked(limits=Limits(mcs=0.7), seed=1)) == ["limits", "seed"]
+    assert asked(vanilla=sae).differs_in(asked(vanilla=other)) == asked().differs_in(asked(vanilla=sae)) == ["vanilla"]
+    assert asked().differs_in(replace(asked(), shards="0" * 12)) == ["shards"]
 
 
-def test_without_truth_nothing_is_said_of_it(tmp_path):
+def test_what_was_measured_says_which_model_and_hook(tmp_path):
     x = torch.rand(400, 3, generator=torch.Generator().manual_seed(0))
     sae = MatryoshkaSAE(3, 4, [2, 4], 1, sparsity="l1")
     sae.metadata["model_name"] = "/somewhere/private/tiny"
     hierarchy, _ = extract(sae, given_shards(tmp_path, [x[:100]], [x[100:]]), None, Limits())
-    assert hierarchy.truth == {}
     assert (hierarchy.about.model, hierarchy.about.hook_name) == ("tiny", "given")
 
 
@@ -145,17 +155,18 @@ def test_without_truth_nothing_is_said_of_it(tmp_path):
     [("gpt2", "gpt2"), ("someone/a-model", "someone/a-model"), ("../private/tiny/", "tiny"), ("~/tiny", "tiny")],
 )
 def test_a_model_is_shown_without_its_directory(model, shown):
-    assert module.without_directory(model) == shown
+    assert without_directory(model) == shown
 
 
 @pytest.mark.parametrize("seed", [0, 2])
 def test_controls_are_the_same_tests_on_other_levels_firings_and_saes(shards, seed):
     sae, vanilla, limits = perfect([3, 12, 20]), absorbed(), Limits(floor=0.5, least=5, coverage=0.15, superparent=1.0)
-    firings, of_vanilla = (collect(one, shards, 2000, 0.5) for one in (sae, vanilla))
+    firings, of_vanilla = (firings_of(one, shards, 2000, 0.5) for one in (sae, vanilla))
     level, no_level = np.array([0] * 3 + [1] * 9 + [2] * 8), np.zeros(20, dtype=int)
 
     def funnel(of: MatryoshkaSAE, firings: Firings, level: Array) -> dict[str, int]:
-        return grade(of, shards, firings, covering_pairs(firings, 0.15, 5), level, limits).funnel()
+        trial = Trial(of, firings, covering_pairs(firings, 0.15, 5), [level], limits)
+        return grade(ShardRows(shards, 2000), [trial])[0][0].funnel()
 
     expected = {
         THIS: funnel(sae, firings, level),
@@ -255,7 +266,7 @@ def test_what_is_saved_is_loaded(nested, messy, empty, tmp_path, which):
     """To four significant digits."""
     before, file = {"nested": nested[0], "messy": messy, "empty": empty}[which], tmp_path / "hierarchy.json"
     save(before, file)
-    after = load(file)
+    after, _ = load(file)
     (exact, rounded), (saved, known) = parts(after), parts(before)
     np.testing.assert_equal(exact, saved)
     assert after.verdict() == before.verdict()
@@ -265,13 +276,11 @@ def test_what_is_saved_is_loaded(nested, messy, empty, tmp_path, which):
     again = file.with_name("again.json")
     save(after, again)
     assert again.read_text() == file.read_text()
-    again.write_text(file.read_text().replace('"version": 2', '"version": 1'))  # of an older msae
-    assert load(again).verdict() == before.verdict()
 
 
 def test_the_file_says_what_it_holds(nested, file):
     content = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert (content["format"], content["version"]) == ("msae-hierarchy", 2)
+    assert (content["format"], content["version"]) == ("msae-hierarchy", 3)
     assert content["verdict"] == nested[0].verdict()
     assert content["latents"]["parent"] == PARENT
     assert content["edges"]["survives"] == nested[0].edges.survives.tolist()
@@ -285,6 +294,39 @@ def test_numbers_have_four_digits_and_null():
     assert numbers(values.astype(np.float32))[:2] == [0.3333, 123500.0]
     for exact in ([1, 123456], [True, False]):
         assert numbers(np.array(exact)) == exact
+
+
+def test_firings_that_are_kept_come_back_bit_for_bit(tmp_path):
+    for firings in (of_dense(random_dense(300, 20)), of_dense(np.zeros((7, 3)))):
+        file = tmp_path / "firings.safetensors"
+        before, d_sae = firings.code, firings.d_sae
+        after = load_firings(file, save_firings(firings, file), d_sae).code
+        for name, dtype in {"offsets": torch.int64, "latents": torch.int32, "acts": torch.float32}.items():
+            assert getattr(after, name).dtype == dtype
+            assert torch.equal(getattr(after, name), getattr(before, name))
+        assert file.stat().st_size < 8 * (firings.rows + 1 + len(before.acts)) + 400
+
+
+@pytest.mark.parametrize("damage", ["a byte", "shorter", "gone", "another"])
+def test_firings_that_are_damaged_are_refused_in_one_line(tmp_path, damage):
+    file = tmp_path / "firings.safetensors"
+    checksum = save_firings(of_dense(random_dense(300, 20)), file)
+    content = bytearray(file.read_bytes())
+    if damage == "gone":
+        file.unlink()
+    elif damage == "another":
+        save_firings(of_dense(random_dense(300, 20, seed=1)), file)
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content[:-4] if damage == "shorter" else content)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(file))} does not hold the firings [^\n]*$"):
+        load_firings(file, checksum, 20)
+
+
+def test_the_checksum_of_the_firings_is_kept_with_the_hierarchy(nested, file):
+    assert load(file)[1] is None
+    save(nested[0], file, "0123456789abcdef")
+    assert load(file)[1] == "0123456789abcdef"
 
 
 def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -338,7 +380,7 @@ BROKEN: dict[str, Callable[[dict[str, Any]], None]] = {
     "prefixes that do not rise": change("prefixes", [12, 3, 20]),
     "no funnels": change("funnels", {}),
     "a funnel without a stage": change(f"funnels.{ORDER}.mcs", None),
-    "a limit that is none": change("about.limits.msc", 0.7),
+    "a limit that is none": change("about.asked.limits.msc", 0.7),
 }
 
 
@@ -347,17 +389,17 @@ def test_load_refuses_what_is_broken_in_one_line(file, name):
     content = json.loads(file.read_text())
     BROKEN[name](content)
     file.write_text(json.dumps(content))
-    refuses(file, r" is not a hierarchy of this msae \([^\n]+\); run python -m msae.hierarchy again")
+    refuses(file, r" is not a hierarchy of this msae \([^\n]+\); python -m msae.explore makes it anew")
 
 
 def test_load_refuses_a_file_that_is_corrupt_newer_or_not_there(file):
-    newer = file.read_text().replace('"version": 2', '"version": 3')
+    newer = file.read_text().replace('"version": 3', '"version": 4')
     file.write_text(file.read_text()[:-9])
-    refuses(file, r" is not a hierarchy of this msae \([^\n]+\); run python -m msae.hierarchy again")
+    refuses(file, r" is not a hierarchy of this msae \([^\n]+\); python -m msae.explore makes it anew")
     file.write_text(newer)
-    refuses(file, r" is not [^\n]* up to 2\); upgrade: pip install -U msae")
+    refuses(file, r" is not [^\n]* up to 3\); upgrade: pip install -U msae")
     file.unlink()
-    refuses(file, "; run python -m msae.hierarchy again")
+    refuses(file, "; python -m msae.explore makes it anew")
 
 
 def refuses(path: Path, message: str) -> None:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from msae.data.harvest import harvest
 from msae.data.shards import Shards
-from msae.evaluation import truth
-from msae.hierarchy.firings import BATCH, Array, Firings, Piece, collect, pieces, read
+from msae.hierarchy import firings as module
+from msae.hierarchy.firings import BATCH, Array, Firings, Piece, ShardRows, collect, latent_codes, pieces
 from msae.sae import MatryoshkaSAE, SparseCode
 from msae.sae.model import Normalise
 from msae.sae.sparsity import SPARSITIES
@@ -55,10 +55,25 @@ def code_of(dense: Tensor) -> SparseCode:
     return SparseCode(offsets, latents, dense[rows, latents].float(), dense.shape[1])
 
 
-def of_dense(dense: Any, parts: list[Piece] | None = None) -> Firings:
+def of_dense(dense: Any) -> Firings:
     """These activations [rows, d_sae] as firings."""
     code = code_of(torch.from_numpy(np.asarray(dense, dtype=np.float32)))
-    return Firings(replace(code, latents=code.latents.int()), parts or [Piece("val", 0, 0, code.batch)])
+    return Firings(replace(code, latents=code.latents.int()))
+
+
+def firings_of(sae: MatryoshkaSAE, shards: Shards, tokens: int | None = None, floor: float = 0.0) -> Firings:
+    """The firings of one SAE on about so many rows of these shards."""
+    (firings,) = collect([sae], ShardRows(shards, tokens), floor)
+    return firings
+
+
+class InMemory(NamedTuple):
+    """Rows in memory, in batches."""
+
+    batches: Sequence[Tensor]
+
+    def read(self, what: str) -> Iterator[Tensor]:
+        return iter(self.batches)
 
 
 def sae_of(
@@ -143,17 +158,21 @@ def test_pieces_are_held_out_rows_then_training_rows_and_end_with_a_whole_sequen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
-def test_read_gives_the_rows_in_order_in_float32(dtype, tmp_path):
+def test_rows_are_read_in_order_in_float32_as_often_as_they_are_asked_for(dtype, tmp_path, monkeypatch):
     shards = shards_of("text", tmp_path, dtype)
     assert shards.stored_dtype == dtype
     for tokens in (17, None):
-        for part in pieces(shards, tokens):
-            for batch in (1, 7, part.rows, part.rows + 1):
-                batches = list(read(shards, part, batch))
-                assert [len(x) for x in batches] == [min(batch, part.rows - s) for s in range(0, part.rows, batch)]
+        parts, rows = pieces(shards, tokens), ShardRows(shards, tokens)
+        for batch in (1, 7, 10**6):
+            monkeypatch.setattr(module, "BATCH", batch)
+            for _ in range(2):
+                batches = list(rows.read("again"))
+                expected = [min(batch, part.rows - start) for part in parts for start in range(0, part.rows, batch)]
+                assert [len(x) for x in batches] == expected
                 x = torch.cat(batches)
                 assert x.dtype == torch.float32
-                assert torch.equal(x, rows_of(shards, [part]))
+                assert torch.equal(x, rows_of(shards, parts))
+                assert len(x) == len(rows)
 
 
 # Collecting -----------------------------------------------------------------------------------------------------------
@@ -195,12 +214,12 @@ CASES += [("batch_topk", False, mode) for mode in get_args(Normalise) if mode !=
 
 @pytest.mark.parametrize(("sparsity", "rescale", "normalise"), CASES)
 def test_collect_is_a_dense_encode_times_decoder_norm(tmp_path, monkeypatch, sparsity, rescale, normalise):
-    monkeypatch.setattr(truth, "BLOCK", 24 * 50)  # several blocks of rows
+    monkeypatch.setattr(module, "BLOCK", 24 * 50)  # several blocks of rows
     rows = torch.randn(400, 12, generator=torch.Generator().manual_seed(1))
     shards, sae = given_shards(tmp_path, [rows[:70]], [rows[70:]]), random_sae(sparsity, rescale, normalise)
     x = rows[:300]
     for floor in (0.0, 0.3):
-        firings, expected = collect(sae, shards, 300, floor), dense_codes(sae, x, floor)
+        firings, expected = firings_of(sae, shards, 300, floor), dense_codes(sae, x, floor)
         codes = firings.matrix.toarray()
         assert (firings.rows, firings.d_sae) == (300, 24)
         assert 300 < firings.matrix.nnz < 300 * 22
@@ -223,14 +242,40 @@ def is_in_order(firings: Firings) -> bool:
 
 def test_collect_reads_several_batches_of_a_shard_and_whole_sequences_of_text(tmp_path):
     rows = torch.randn(2 * BATCH + 100, 2, generator=torch.Generator().manual_seed(0))
-    firings = collect(identity(2), given_shards(tmp_path, [rows[:50]], [rows[50:]]))
-    np.testing.assert_array_equal(firings.matrix.toarray(), rows.relu())
-    assert firings.pieces == [Piece("val", 0, 0, 50), Piece("train", 0, 50, len(rows) - 50)]
+    shards = given_shards(tmp_path, [rows[:50]], [rows[50:]])
+    np.testing.assert_array_equal(firings_of(identity(2), shards).matrix.toarray(), rows.relu())
+    assert pieces(shards, None) == [Piece("val", 0, 0, 50), Piece("train", 0, 50, len(rows) - 50)]
 
     shards = shards_of("text", tmp_path)
-    part = collect(identity(3), shards, 27)
+    part = firings_of(identity(3), shards, 27)
     np.testing.assert_array_equal(part.matrix.toarray(), rows_of(shards, pieces(shards, 27)))
     assert part.rows == 13 + 10 + 7
+
+
+def test_several_saes_encode_each_batch_of_one_reading():
+    """And each has the firings that it has alone."""
+    rows = torch.randn(90, 12, generator=torch.Generator().manual_seed(2))
+    saes = [random_sae("batch_topk", rescale, "centred") for rescale in (False, True)]
+    read = []
+
+    class Once(InMemory):
+        def read(self, what: str) -> Iterator[Tensor]:
+            read.append(what)
+            return iter(self.batches)
+
+    together = collect(saes, Once(rows.split(40)), 0.3)
+    assert read == ["encode"]
+    for sae, firings in zip(saes, together, strict=True):
+        (alone,) = collect([sae], InMemory([rows]), 0.3)
+        np.testing.assert_allclose(firings.matrix.toarray(), alone.matrix.toarray(), rtol=1e-5)
+    assert (together[0].matrix != together[1].matrix).nnz > 0
+
+
+def test_codes_are_activations_times_the_norms_of_their_directions():
+    sae = random_sae("batch_topk", False, "centred")
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(1))
+    expected = (sae.encode(x) * sae.W_dec.norm(dim=1) / sae.scale).detach()
+    torch.testing.assert_close(latent_codes(sae, x).dense(), expected)
 
 
 def test_the_floor_is_a_share_of_the_maximum_over_the_rows_that_are_read(tmp_path):
@@ -238,11 +283,11 @@ def test_the_floor_is_a_share_of_the_maximum_over_the_rows_that_are_read(tmp_pat
     x = torch.tensor([[1.0, 4.0], [0.5, 2.0], [0.51, 2.1], [100.0, 0.0]])
     shards = given_shards(tmp_path, [x[:2]], [x[2:]])
     for tokens, fires in ((3, [[1, 1], [0, 0], [1, 1]]), (None, [[0, 1], [0, 0], [0, 1], [1, 0]])):
-        np.testing.assert_array_equal(collect(identity(2), shards, tokens, 0.5).matrix.toarray() > 0, fires)
+        np.testing.assert_array_equal(firings_of(identity(2), shards, tokens, 0.5).matrix.toarray() > 0, fires)
 
 
 def test_where_nothing_fires_every_latent_has_a_place(tmp_path):
-    firings = collect(identity(2), given_shards(tmp_path, [-torch.ones(5, 2)], [-torch.ones(9, 2)]), 9, 0.02)
+    firings = firings_of(identity(2), given_shards(tmp_path, [-torch.ones(5, 2)], [-torch.ones(9, 2)]), 9, 0.02)
     for same in (firings, firings.shuffled(0, 2)):
         assert (same.rows, same.d_sae, same.matrix.nnz) == (9, 2, 0)
         assert same.counts.tolist() == same.largest.tolist() == [0, 0]
@@ -252,9 +297,9 @@ def test_what_cannot_be_collected_is_one_line(tmp_path):
     shards = shards_of("rows", tmp_path)
     for tokens in (0, -5):
         with pytest.raises(ValueError, match=rf"^tokens={tokens} leaves no rows of [^\n]*$"):
-            collect(identity(3), shards, tokens)
+            firings_of(identity(3), shards, tokens)
     with pytest.raises(ValueError, match=r"^this SAE has no threshold yet[^\n]*$"):
-        collect(MatryoshkaSAE(3, 6, [6], 2), shards)
+        firings_of(MatryoshkaSAE(3, 6, [6], 2), shards)
 
 
 # Shuffled -------------------------------------------------------------------------------------------------------------
@@ -267,7 +312,6 @@ def test_a_shuffle_moves_every_latent_by_one_offset_within_each_block(block):
     shuffled = firings.shuffled(1, block)
     moved = shuffled.matrix.toarray()
     assert is_in_order(shuffled)
-    assert shuffled.pieces is firings.pieces
     assert moved.shape == dense.shape
     assert shuffled.matrix.nnz == firings.matrix.nnz
     for start in range(0, 100, block):

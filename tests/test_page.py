@@ -17,8 +17,8 @@ import pytest
 
 from msae.explorer.examples import Context
 from msae.explorer.page import LATENTS_PER_BLOCK, SCRIPTS, TEMPLATE, Page, fill, quantise, write_page
-from msae.hierarchy.edges import Edges
-from msae.hierarchy.extract import FIRINGS, ORDER, THIS, VANILLA, About, Hierarchy, levels
+from msae.hierarchy.edges import Edges, levels
+from msae.hierarchy.extract import FIRINGS, ORDER, THIS, VANILLA, About, Asked, Hierarchy
 from msae.hierarchy.firings import Array
 from msae.hierarchy.limits import LINES, STAGES, TESTS, Limits
 
@@ -88,9 +88,10 @@ def example() -> Page:
         name: dict(zip(STAGES, range(first, first - 12 * step, -step), strict=True))
         for name, first, step in ((THIS, 412, 30), (ORDER, 398, 33), (FIRINGS, 371, 30), (VANILLA, 405, 31))
     }
-    about = About(n, 20_000_000, 3.0, "shards", "w", "i", "gpt2-small", "blocks.8.hook_resid_pre", Limits())
+    asked = Asked("w", "i", None, Limits(), 0, None)
+    about = About(n, 20_000_000, 3.0, "shards", "gpt2-small", "blocks.8.hook_resid_pre", asked)
     return Page(
-        hierarchy=Hierarchy(PREFIXES, levels(PREFIXES), rate, largest, edges, funnels, {}, about),
+        hierarchy=Hierarchy(PREFIXES, levels(PREFIXES), rate, largest, edges, funnels, about),
         title="gpt2-small layer 8, 300 latents",
         facts={"model": "gpt2-small", "hook": "blocks.8.hook_resid_pre", "tokens": "20 000 000", "seed": "0"},
         label=label,
@@ -418,7 +419,7 @@ def test_a_latent_shows_all_that_is_known(visit):
 
 
 def test_an_edge_shows_each_test_passed_or_failed(visit):
-    edges, limits = example().hierarchy.edges, example().hierarchy.about.limits
+    edges, limits = example().hierarchy.edges, example().hierarchy.about.asked.limits
     latent = int(edges.child[17])  # its z is NaN
     other = int(np.flatnonzero((edges.child == latent) & ~edges.survives)[0])
     page = visit(latent)

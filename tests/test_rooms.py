@@ -14,15 +14,14 @@ MAY_IMPORT = {  # room → rooms below it
     "sources": set(),
     "data": {"sources"},
     "interop": {"sae"},
+    "hierarchy": {"sae", "data"},
     "runs": {"sae", "data", "interop"},
-    "evaluation": {"sae", "sources", "data", "runs"},
+    "evaluation": {"sae", "sources", "data", "hierarchy", "runs"},
     "training": {"sae", "sources", "data", "evaluation", "runs"},
-    "hierarchy": {"sae", "data", "evaluation"},
     "explorer": {"sae", "sources", "data", "evaluation", "runs", "hierarchy"},
     "cli": {"sae", "data", "evaluation", "runs", "training"},
 }
-# may import every room
-COMMANDS = {"train", "harvest", "evaluate", "export", "report", "hierarchy.__main__", "runs.__main__"}
+COMMANDS = {"train", "harvest", "export", "evaluate", "explore", "runs.__main__"}  # may import every room
 ONLY_IN = {  # package → where it may be imported
     "lightning": ("training", "data.datamodule"),
     "transformer_lens": ("sources.bridge",),

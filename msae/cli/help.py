@@ -10,8 +10,7 @@ EXAMPLES = {
     "harvest": "python -m msae.harvest +experiment=gpt2_l8",
     "evaluate": "python -m msae.evaluate sae='[runs/<run>,runs/<run>/<arm>]'",
     "export": "python -m msae.export sae=runs/<run> to=saelens out=exported",
-    "hierarchy": "python -m msae.hierarchy run=runs/<run>",
-    "report": "python -m msae.report run=runs/<run>",
+    "explore": "python -m msae.explore run=runs/<run>",
     "runs": "python -m msae.runs",
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msae.data.batches import Batch, ValBatches, as_pair
+from msae.data.batches import ValBatches, as_pair
 from msae.data.rows import Rows
 from msae.evaluation.language_model import Reconstruct, can_replace, cross_entropy_recovered
 from msae.evaluation.reconstruction import reconstruction_metrics
@@ -46,8 +46,12 @@ class HeldOut:
         """The rows, or pairs (x, y)."""
         return ValBatches(self.rows, self.batch_tokens, start=self.start, target=self.target)
 
+    def read(self, what: str) -> Iterator[Tensor]:
+        """The rows alone, while a progress bar says `what` they are read for."""
+        return with_progress(ValBatches(self.rows, self.batch_tokens, start=self.start), what)
 
-def with_progress(batches: ValBatches, name: str) -> Iterator[Batch]:
+
+def with_progress(batches: ValBatches, name: str) -> Iterator[Any]:
     """The batches, counted by a progress bar."""
     with progress(batches.tokens, name) as bar:
         for batch in batches:
@@ -90,8 +94,7 @@ def against_truth(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:
     truth = held_out.rows.truth
     if truth is None:
         return {}
-    rows = (as_pair(batch, sae.W_dec)[0] for batch in held_out.batches())
-    return {f"truth/{name}": value for name, value in truth_metrics(sae, rows, truth, held_out.start).items()}
+    return {f"truth/{name}": value for name, value in truth_metrics(sae, held_out, truth, held_out.start).items()}
 
 
 def language_model(sae: MatryoshkaSAE, held_out: HeldOut) -> dict[str, float]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from msae.data.rows import Rows
 from msae.evaluation.matching import Match, cosines, match
-from msae.evaluation.truth import FLOOR, as_csr, at_features, latent_codes, true_codes
+from msae.evaluation.truth import FLOOR, at_features, true_codes
+from msae.hierarchy.firings import as_csr, latent_codes
 from msae.sae import MatryoshkaSAE, SparseCode
 
 Order = list[tuple[int, int]]  # (feature, depth in its tree)

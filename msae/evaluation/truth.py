@@ -1,21 +1,18 @@
 """Figures against known features: how many are recovered, and whether a parent falls silent under its child."""
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from msae.evaluation.matching import CANDIDATES, Match, match, mcc, mcc_chance, mmcs, nearest, pair_cosines, uniqueness
 from msae.evaluation.reconstruction import ratio
-from msae.sae import MatryoshkaSAE, SparseCode, encode_sparse
+from msae.hierarchy.edges import Edges, find_edges
+from msae.hierarchy.firings import Firings, Rows, collect
+from msae.hierarchy.limits import Limits
+from msae.sae import MatryoshkaSAE, SparseCode
 
-BLOCK = 2**24  # activations that are held densely at once
-CHILDREN = 512  # whose pairs are counted at once: [CHILDREN, d_sae] at most, never d_sae²
 FLOOR = 0.05  # share of its own maximum up to which a latent counts as silent
 RECOVERED = 0.5  # |cos| from which a feature counts as recovered: an absorbed child's is still 1/√2
 
@@ -26,34 +23,6 @@ def true_codes(truth: dict[str, Tensor], start: int, rows: int) -> SparseCode:
     entries = slice(int(offsets[0]), int(offsets[-1]))
     feature, norm = truth["feature"][entries].long(), truth["features"].float().norm(dim=1)
     return SparseCode(offsets - offsets[0], feature, truth["value"][entries] * norm[feature], len(norm))
-
-
-@torch.no_grad()
-def latent_codes(sae: MatryoshkaSAE, batches: Tensor | Iterable[Tensor]) -> SparseCode:
-    """activation · ‖W_dec row‖ of the latents active at inference, in raw units, on the CPU.
-
-    Encodes rows [rows, d_in], or batches of them, so many at once that `BLOCK` activations are dense.
-    """
-    norm = torch.as_tensor(sae.contribution_norm() / sae.target_scale).expand(sae.d_sae)
-    parts = []
-    for batch in [batches] if isinstance(batches, Tensor) else batches:
-        for x in batch.split(max(1, BLOCK // sae.d_sae)):
-            code = encode_sparse(sae, x.to(sae.W_dec))
-            acts = (code.acts * norm[code.latents]).float()
-            parts.append(SparseCode(code.offsets.cpu(), code.latents.cpu(), acts.cpu(), sae.d_sae))
-    return SparseCode.cat(parts)
-
-
-def as_csr(code: SparseCode) -> csr_array:
-    """The code in SciPy's form [rows, d_sae], which shares its memory."""
-    parts = (code.acts.numpy(), code.latents.numpy(), code.offsets.numpy())
-    return csr_array(parts, shape=(code.batch, code.d_sae))
-
-
-def firing_matrix(matrix: csr_array) -> csr_array:
-    """1 where the matrix has an entry, int32."""
-    ones = np.ones(matrix.nnz, dtype=np.int32)
-    return csr_array((ones, matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
 def at_features(code: SparseCode, matching: Match, n: int) -> SparseCode:
@@ -125,58 +94,18 @@ def signed_parts(name: str, values: Float[Tensor, " edges"]) -> dict[str, float]
     return {name + part: float(value.double().mean()) for part, value in parts.items()}
 
 
-def covering(
-    fires: csr_array, coverage: float, least: int, on_children: Callable[[int], object] = lambda n: None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Parent, child and rows on which both fire of every pair with P(parent fires | child fires) ≥ `coverage`.
-
-    The parent fires more often, the child at least `least` times. `on_children` is called with how many more latents
-    have been looked at as children.
-    """
-    columns, d_sae = fires.T.tocsr(), fires.shape[1]
-    counts = np.diff(columns.indptr)
-
-    def pairs(start: int) -> np.ndarray:
-        together = (columns[start : start + CHILDREN] @ fires).tocoo()
-        child, parent, both = together.coords[0] + start, together.coords[1], together.data
-        covers = (counts[child] >= least) & (counts[parent] > counts[child]) & (both >= coverage * counts[child])
-        return np.stack([parent[covers], child[covers], both[covers]]).astype(np.int64)
-
-    parts = []
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for part in pool.map(pairs, range(0, d_sae, CHILDREN)):
-            parts.append(part)
-            on_children(min(CHILDREN, d_sae - CHILDREN * (len(parts) - 1)))
-    parent, child, both = np.concatenate(parts, axis=1)
-    return parent, child, both
-
-
-def edges_by_firing(
-    code: SparseCode, coverage: float = 0.8, lift: float = 2.0, least: int = 10
-) -> Int[Tensor, "edges 2"]:
-    """Edges (parent, child) among latents, read off from their firing alone; a child has at most one parent.
-
-    P(parent fires | child fires) ≥ `coverage` and ≥ `lift` · P(parent fires), the parent fires more often, the child
-    at least `least` times. Of several such parents the immediate one is that which fires least often.
-    """
-    fired, (parent, child, both) = code.fired().numpy(), covering(firing_matrix(as_csr(code)), coverage, least)
-    above = both * code.batch >= lift * fired[parent] * fired[child]
-    parent, child, both = parent[above], child[above], both[above]
-    order = np.lexsort((-both, fired[parent], child))
-    children, first = np.unique(child[order], return_index=True)
-    return torch.from_numpy(np.stack([parent[order][first], children], axis=1))
-
-
-def edge_scores(edges: Int[Tensor, "edges 2"], matching: Match, parent: Int[Tensor, " n"]) -> dict[str, float]:
-    """Precision and recall of edges (parent, child) among latents against the true ones, through the matching.
+def edge_scores(edges: Edges, matching: Match, parent: Int[Tensor, " n"]) -> dict[str, float]:
+    """Precision and recall of the surviving edges among latents against the true ones, through the matching.
 
     An edge of a latent that stands for no feature is wrong; a true edge of a feature without a latent is missed. NaN
     without any.
     """
     latent = matching.latent_of(len(parent)).tolist()
     true = [(latent[above], latent[child]) for child, above in enumerate(parent.tolist()) if above >= 0]
-    right = len(set(true) & set(map(tuple, edges.tolist())))
-    return {"edge_precision": ratio(right, len(edges)), "edge_recall": ratio(right, len(true))}
+    kept = edges.survives
+    found = list(zip(edges.parent[kept].tolist(), edges.child[kept].tolist(), strict=True))
+    right = len(set(true) & set(found))
+    return {"edge_precision": ratio(right, len(found)), "edge_recall": ratio(right, len(true))}
 
 
 def shrinkage(fires: SparseCode, active: SparseCode) -> float:
@@ -186,21 +115,22 @@ def shrinkage(fires: SparseCode, active: SparseCode) -> float:
 
 
 @torch.no_grad()
-def truth_metrics(
-    sae: MatryoshkaSAE, batches: Tensor | Iterable[Tensor], truth: dict[str, Tensor], start: int = 0
-) -> dict[str, float]:
-    """All figures of this file for rows [rows, d_in], or batches of them, that begin at row `start` of the truth.
+def truth_metrics(sae: MatryoshkaSAE, rows: Rows, truth: dict[str, Tensor], start: int = 0) -> dict[str, float]:
+    """All figures of this file for rows that begin at row `start` of the truth.
 
     `truth`: features [n, d_in], parent [n] (−1: a root), and the true activations as CSR (offsets, feature, value).
-    A latent fires where it exceeds FLOOR of its own maximum; `l0` counts every active latent.
+    A latent fires where it exceeds FLOOR of its own maximum, for edges the floor of `Limits`; `l0` counts every active
+    latent. Edges are those that survive the default `Limits`.
     """
     W_dec, features, parent = sae.W_dec.detach(), truth["features"].float(), truth["parent"]
     n = len(features)
     near = nearest(W_dec, features, CANDIDATES)
     matching = match(W_dec, features, near)
-    code = latent_codes(sae, batches)
-    strong, active = code.strong(FLOOR), true_codes(truth, start, code.batch)
-    fires = at_features(strong, matching, n)
+    (firings,) = collect([sae], rows)
+    code, active = firings.code, true_codes(truth, start, firings.rows)
+    fires = at_features(code.strong(FLOOR), matching, n)
+    limits = Limits()
+    edges = find_edges(sae, rows, Firings(code.strong(limits.floor)), limits)
     has_latent = matching.latent_of(n) >= 0
     recovered = torch.zeros(n, dtype=torch.bool).index_fill_(0, matching.feature[matching.cos.abs() >= RECOVERED], True)
     child = (parent >= 0).nonzero().flatten()
@@ -217,7 +147,7 @@ def truth_metrics(
         "edges_recovered": edge_share(parent, recovered),
         **signed_parts("cos_child_parent", lean(W_dec, features, matching, child, parent[child])),
         **signed_parts("cos_parent_child", lean(W_dec, features, matching, parent[child], child)),
-        **edge_scores(edges_by_firing(strong), matching, parent),
+        **edge_scores(edges, matching, parent),
         "l0": l0,
         "true_l0": true_l0,
         "l0_ratio": ratio(l0, true_l0),

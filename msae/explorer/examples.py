@@ -9,9 +9,8 @@ import numpy as np
 from scipy.sparse import csc_array, csr_array
 from torch import Tensor
 
-from msae.data.shards import Shards
 from msae.evaluation.matching import match
-from msae.hierarchy.firings import Array, Firings
+from msae.hierarchy.firings import Array, Firings, ShardRows
 from msae.progress import progress
 from msae.sae import MatryoshkaSAE
 
@@ -100,17 +99,17 @@ class Names:
         return np.concatenate([[len(self.vocabulary) - 1], active]), rows, 0, f"row {row}"
 
 
-def text_of(shards: Shards, firings: Firings, vocabulary: Sequence[str] | None) -> Text | Names | None:
+def text_of(rows: ShardRows, vocabulary: Sequence[str] | None) -> Text | Names | None:
     """The text or the features beside the rows; None where nothing is. Without a vocabulary tokens are numbers.
 
     Raises ValueError in one line if the vocabulary lacks a token.
     """
-    truth = shards.truth
+    shards, truth = rows.shards, rows.shards.truth
     if truth is not None:
         names = [*(f"feature {i}" for i in range(len(truth["features"]))), "row"]
         return Names(truth["offsets"].numpy(), truth["feature"].numpy(), names)
     parts, sequences = [], 0
-    for piece in firings.pieces:
+    for piece in rows.pieces:
         index = shards.index(piece.split, piece.shard)
         if "sequence" not in index:
             return None
@@ -126,7 +125,7 @@ def text_of(shards: Shards, firings: Firings, vocabulary: Sequence[str] | None) 
         vocabulary = [f"⟨{i}⟩" for i in range(size)]
     if size > len(vocabulary):
         raise ValueError(
-            f"{shards.directory} has token {size - 1}, the tokenizer has {len(vocabulary)}; "
+            f"{shards} has token {size - 1}, the tokenizer has {len(vocabulary)}; "
             "give language_model=<the model that was harvested>"
         )
     return Text(tokens[sequence, position], sequence, position, tokens, row, vocabulary)

@@ -1,10 +1,11 @@
 """What is explored: one SAE, the shards it is looked at on, a vanilla SAE beside it, and the words of its model."""
 
 from dataclasses import field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from msae.hierarchy.extract import check_fits
+from msae.hierarchy.extract import Asked, asked_of, check_fits
 from msae.hierarchy.limits import Limits
 from msae.runs import Run, open_run
 from msae.sae import MatryoshkaSAE
@@ -14,7 +15,7 @@ from msae.sources.bridge import TOKENIZER, load_bridge, load_tokenizer, model_id
 
 @settings
 class Explore:
-    """`python -m msae.hierarchy` and `python -m msae.report`."""
+    """`python -m msae.explore`."""
 
     run: str
     """runs/<run>, runs/<run>/<arm>, or a directory with an SAE in any form that is read."""
@@ -30,6 +31,8 @@ class Explore:
     """Directory to write to; null: that of the run."""
     seed: int = 0
     """Seed of the shuffled controls."""
+    keep_firings: bool = True
+    """Keep what fires where beside the hierarchy, 8 bytes for each activation, so that no row is encoded again."""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -55,6 +58,18 @@ class Inputs:
         """Where the hierarchy is kept."""
         return self.out.hierarchy / "hierarchy.json"
 
+    @property
+    def firings_file(self) -> Path:
+        """Where what fires where is kept."""
+        return self.out.hierarchy / "firings.safetensors"
+
+    @cached_property
+    def asked(self) -> Asked:
+        """What decides the hierarchy."""
+        explore = self.explore
+        return asked_of(self.sae, self.shards, explore.tokens, explore.limits, self.vanilla, explore.seed)
+
+    @cached_property
     def vanilla(self) -> MatryoshkaSAE | None:
         """The SAE that was given, or an arm of the same run that has one prefix, the nearest in latents."""
         if self.explore.vanilla is not None:
@@ -74,7 +89,7 @@ class Inputs:
         harvested = self.shards.identity.get("tokenizer")
         if harvested is not None and model_identity(self.tokenizer, self.revision, TOKENIZER) != harvested:
             raise ValueError(
-                f"the tokenizer of {self.tokenizer} is not the one that {self.shards.directory} was made with; "
+                f"the tokenizer of {self.tokenizer} is not the one that {self.shards} was made with; "
                 "give language_model=<the model that was harvested>"
             )
         return words(load_tokenizer(self.tokenizer, self.revision))

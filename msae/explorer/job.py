@@ -1,6 +1,7 @@
-"""The bodies of `python -m msae.hierarchy` and `python -m msae.report`."""
+"""The body of `python -m msae.explore`."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,16 @@ from rich.table import Table
 from torch.nn.functional import normalize
 from torch.utils.tensorboard import SummaryWriter
 
+from msae.evaluation.matching import match
+from msae.evaluation.truth import edge_scores
 from msae.explorer import pictures
 from msae.explorer.examples import Examples, Text, feature_labels, fires_on, histogram, text_of
 from msae.explorer.inputs import Explore, Inputs
 from msae.explorer.page import Page, write_page
-from msae.hierarchy.extract import Hierarchy, extract, load, save, weights_hash
-from msae.hierarchy.firings import Array, Firings, collect
-from msae.hierarchy.limits import STAGES, TESTS, Limits
+from msae.hierarchy.extract import Hierarchy, extract
+from msae.hierarchy.files import load, load_firings, save, save_firings
+from msae.hierarchy.firings import Array, Firings, ShardRows, collect
+from msae.hierarchy.limits import STAGES, TESTS
 from msae.progress import progress, say
 from msae.sae import MatryoshkaSAE
 
@@ -24,35 +28,79 @@ NEAREST, PROMOTED = 8, 10  # shown of each latent
 PROJECTED = 4096  # latents in TensorBoard's projector, which takes text files
 
 
-# python -m msae.hierarchy ---------------------------------------------------------------------------------------------
+def explore(settings: Explore) -> None:
+    """Find the edges, test them and keep them, unless that was done before with these settings; and write the page."""
+    inputs = Inputs(settings)
+    hierarchy, firings = kept(inputs) or find(inputs)
+    page, path = page_of(inputs, hierarchy, firings), inputs.out.page
+    with progress(inputs.sae.d_sae, "page", unit="latents") as bar:
+        write_page(page, path, bar.update)
+    say(f"page:      {path} ({size(path)}); open it in a browser, no server is needed")
 
 
-def write_hierarchy(explore: Explore) -> None:
-    """Extract, test, and write hierarchy.json, pictures and TensorBoard's summary to `out`/hierarchy."""
-    inputs = Inputs(explore)
-    hierarchy, firings = extract_and_save(inputs)
-    _, labels = examples_of(inputs, hierarchy, firings)
-    print_funnel(hierarchy)
-    summarise(hierarchy, inputs, labels)
-    say(f"hierarchy: {inputs.hierarchy_file}\ncharts:    tensorboard --logdir {inputs.out}")
-    typed = {key: getattr(explore, key) for key in ("run", "shards", "language_model", "out")}
-    say(f"page:      python -m msae.report {' '.join(f'{k}={v}' for k, v in typed.items() if v is not None)}")
+def kept(inputs: Inputs) -> tuple[Hierarchy, Firings] | None:
+    """The hierarchy and firings of an earlier call; None, with a line that says why, if it had other settings."""
+    file = inputs.hierarchy_file
+    if not file.exists():
+        return None
+    try:
+        hierarchy, firings = load(file)
+    except ValueError as error:
+        say(str(error))
+        return None
+    if differing := hierarchy.about.asked.differs_in(inputs.asked):
+        say(f"hierarchy: {file} was made with other settings ({', '.join(differing)}); it is made anew")
+        return None
+    say(f"hierarchy: {file}, made before with these settings\n{hierarchy.verdict()}")
+    return hierarchy, kept_firings(inputs, hierarchy, firings)
 
 
-def extract_and_save(inputs: Inputs) -> tuple[Hierarchy, Firings]:
-    """Extract the hierarchy and save it."""
+def kept_firings(inputs: Inputs, hierarchy: Hierarchy, expected: str | None) -> Firings:
+    """The firings that were kept with this checksum; otherwise the rows are encoded again."""
+    if expected is not None:
+        try:
+            return load_firings(inputs.firings_file, expected, inputs.sae.d_sae)
+        except ValueError as error:
+            say(f"{error}; the rows are encoded again")
+    (firings,) = collect([inputs.sae], ShardRows(inputs.shards, inputs.asked.tokens), inputs.asked.limits.floor)
+    keep(inputs, hierarchy, firings)
+    return firings
+
+
+def find(inputs: Inputs) -> tuple[Hierarchy, Firings]:
+    """Extract, test, and write hierarchy.json, the firings, pictures and TensorBoard's summary to `out`/hierarchy."""
+    asked = inputs.asked
+    hierarchy, firings = extract(inputs.sae, inputs.shards, asked.tokens, asked.limits, inputs.vanilla, asked.seed)
+    if (truth := inputs.shards.truth) is not None:
+        matching = match(inputs.sae.W_dec.detach(), truth["features"].float())
+        hierarchy.truth = edge_scores(hierarchy.edges, matching, truth["parent"])
     inputs.hierarchy_file.parent.mkdir(parents=True, exist_ok=True)
-    explore = inputs.explore
-    hierarchy, firings = extract(
-        inputs.sae, inputs.shards, explore.tokens, explore.limits, inputs.vanilla(), explore.seed
-    )
-    save(hierarchy, inputs.hierarchy_file)
-    return hierarchy, firings
+    keep(inputs, hierarchy, firings)
+    print_funnel(hierarchy)
+    summarise(hierarchy, inputs, examples_of(inputs, hierarchy, firings)[1])
+    say(f"hierarchy: {inputs.hierarchy_file}\ncharts:    tensorboard --logdir {inputs.out}")
+    return load(inputs.hierarchy_file)[0], firings  # rounded, so that a page made later is the same
+
+
+def keep(inputs: Inputs, hierarchy: Hierarchy, firings: Firings) -> None:
+    """Write the firings, unless they are not to be kept, and then the hierarchy with their checksum."""
+    checksum, file = None, inputs.firings_file
+    file.unlink(missing_ok=True)
+    if inputs.explore.keep_firings:
+        checksum = save_firings(firings, file)
+        say(f"firings:   {file} ({size(file)}); keep_firings=false keeps none")
+    save(hierarchy, inputs.hierarchy_file, checksum)
+
+
+def size(path: Path) -> str:
+    """The size of a file in MB."""
+    return f"{path.stat().st_size / 1e6:.1f} MB"
 
 
 def examples_of(inputs: Inputs, hierarchy: Hierarchy, firings: Firings) -> tuple[Examples, list[str]]:
     """Examples of every latent, and a few words for it."""
-    examples = Examples(firings, text_of(inputs.shards, firings, inputs.vocabulary), hierarchy.parent)
+    rows = ShardRows(inputs.shards, inputs.asked.tokens)
+    examples = Examples(firings, text_of(rows, inputs.vocabulary), hierarchy.parent)
     truth = inputs.shards.truth
     return examples, examples.labels() if truth is None else feature_labels(inputs.sae, truth["features"])
 
@@ -62,7 +110,7 @@ def print_funnel(hierarchy: Hierarchy) -> None:
     table = Table("left after", "line", *hierarchy.funnels)
     for stage in STAGES:
         test = TESTS.get(stage)
-        first = [test.name, test.line_at(hierarchy.about.limits)] if test else ["pairs looked at", ""]
+        first = [test.name, test.line_at(hierarchy.about.asked.limits)] if test else ["pairs looked at", ""]
         table.add_row(*first, *(f"{funnel[stage]:,}" for funnel in hierarchy.funnels.values()))
     for column in table.columns[2:]:
         column.justify = "right"
@@ -118,38 +166,6 @@ def projected(hierarchy: Hierarchy) -> Array:
     survives = hierarchy.edges.survives
     in_forest[hierarchy.edges.parent[survives]] = in_forest[hierarchy.edges.child[survives]] = True
     return np.sort(np.lexsort((-hierarchy.rate, ~in_forest))[:PROJECTED])
-
-
-# python -m msae.report ------------------------------------------------------------------------------------------------
-
-
-def write_report(explore: Explore) -> None:
-    """Write one HTML file to explore the SAE; its hierarchy is extracted first where there is none."""
-    inputs = Inputs(explore)
-    if inputs.hierarchy_file.exists():
-        hierarchy = load_fitting(inputs)
-        say(f"hierarchy: {inputs.hierarchy_file}, made before; python -m msae.hierarchy makes it anew")
-        firings = collect(inputs.sae, inputs.shards, hierarchy.about.tokens, hierarchy.about.limits.floor)
-    else:
-        hierarchy, firings = extract_and_save(inputs)
-        print_funnel(hierarchy)
-    page, path = page_of(inputs, hierarchy, firings), inputs.out.page
-    with progress(inputs.sae.d_sae, "page", unit="latents") as bar:
-        write_page(page, path, bar.update)
-    say(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser, no server is needed")
-
-
-def load_fitting(inputs: Inputs) -> Hierarchy:
-    """The hierarchy that was saved. Raises ValueError in one line if it is of another SAE, shards or limits."""
-    hierarchy, file = load(inputs.hierarchy_file), inputs.hierarchy_file
-    made_from = hierarchy.prefixes, hierarchy.about.weights, hierarchy.about.identity_hash
-    if made_from != (inputs.sae.prefixes, weights_hash(inputs.sae), inputs.shards.manifest.identity_hash):
-        raise ValueError(
-            f"{file} is of another SAE or of other shards; run python -m msae.hierarchy run={inputs.explore.run}"
-        )
-    if inputs.explore.limits not in (Limits(), hierarchy.about.limits):
-        raise ValueError(f"{file} was made with other limits; run python -m msae.hierarchy with these first")
-    return hierarchy
 
 
 def page_of(inputs: Inputs, hierarchy: Hierarchy, firings: Firings) -> Page:

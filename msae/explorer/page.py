@@ -15,7 +15,8 @@ import numpy as np
 
 from msae.explorer.examples import Context
 from msae.files import write
-from msae.hierarchy.extract import Hierarchy, numbers
+from msae.hierarchy.extract import Hierarchy
+from msae.hierarchy.files import numbers
 from msae.hierarchy.firings import Array
 from msae.hierarchy.limits import LINES, TESTS
 
@@ -113,7 +114,7 @@ def element(name: str, value: Any) -> str:
 
 def core(page: Page) -> dict[str, Any]:
     """What the outline and the start page need of all latents."""
-    hierarchy, limits = page.hierarchy, page.hierarchy.about.limits
+    hierarchy, limits = page.hierarchy, page.hierarchy.about.asked.limits
     funnels = hierarchy.funnels.values()
     return {
         "title": page.title,

@@ -3,22 +3,18 @@
 All figures follow from which latents fire together and from what they reconstruct; none knows the truth.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from scipy.stats import binom
-from torch import Tensor
-from torch.nn.functional import embedding_bag, normalize
 
-from msae.data.shards import Shards
-from msae.hierarchy.firings import Array, Firings, read
+from msae.hierarchy.firings import Array, Firings, Rows
 from msae.hierarchy.limits import LINES, TESTS, Limits
-from msae.hierarchy.pairs import Pairs, eligible, false_discovery_rate, rate_groups
-from msae.progress import progress
+from msae.hierarchy.pairs import Pairs, covering_pairs, eligible, false_discovery_rate, join
+from msae.hierarchy.sums import Sums, SumUp
 from msae.sae import MatryoshkaSAE
 
-ROWS = 1024  # rows whose activations are read at once
 CHILDREN = 1024  # of a parent, compared with their siblings at once
 
 
@@ -50,10 +46,38 @@ class Edges:
         return parent
 
 
-def grade(sae: MatryoshkaSAE, shards: Shards, firings: Firings, covering: Pairs, level: Array, limits: Limits) -> Edges:
-    """Test every candidate: the covering pairs whose parent is of the child's level or of an earlier one.
+@dataclass
+class Candidates:
+    """The covering pairs that an order of the latents allows, of each child the few with the highest PMI."""
 
-    With sums over the rows on which the child fires, x' = x − b_dec, a activations and d unit decoder rows:
+    pairs: Pairs
+    pmi: Array
+    above: Array  # [n] more often together than chance has it
+    covers: Array  # [d_sae] share of the rarer latents that each covers
+    looked_at: int
+
+    @property
+    def tested(self) -> Pairs:
+        """What a frequent latent covers by chance is no child of its own, and not worth a pass."""
+        return self.pairs.where(self.above)
+
+
+def candidates(covering: Pairs, firings: Firings, level: Array, limits: Limits) -> Candidates:
+    """The covering pairs whose parent is of the child's level or of an earlier one."""
+    counts = firings.counts
+    ordered = covering.where(level[covering.parent] <= level[covering.child])
+    possible = eligible(counts, level, limits.least)
+    covers = np.bincount(ordered.parent, minlength=firings.d_sae) / np.maximum(1, possible)
+    pairs, pmi = highest(ordered, counts, firings.rows, limits.parents)
+    return Candidates(pairs, pmi, pairs.above(counts, limits.lift), covers, int(possible.sum()))
+
+
+class Trial:
+    """Tests of the covering pairs of one SAE's firings, under each of several orders of its latents.
+
+    An order is the level of each latent [d_sae]; candidates are the covering pairs whose parent is of the child's level
+    or of an earlier one. With sums over the rows on which the child fires, x' = x − b_dec, a activations and d unit
+    decoder rows:
     - lift = coverage / max(chance, coverage by latents of the parent's firing rate); q from the binomial tail of the
       firings in common at that chance, over all pairs which the order allows.
     - mcs = Σ a_c a_p / √(Σ a_c² Σ a_p²) · max a_c / max a_p   (arXiv 2503.17547, appendix F).
@@ -62,50 +86,86 @@ def grade(sae: MatryoshkaSAE, shards: Shards, firings: Firings, covering: Pairs,
       matched latents.
     Where coverage is below `limits.lift` · chance, the figures that need activations are NaN.
     """
-    counts = firings.counts
-    ordered = covering.where(level[covering.parent] <= level[covering.child])
-    possible = eligible(counts, level, limits.least)
-    covers = np.bincount(ordered.parent, minlength=firings.d_sae) / np.maximum(1, possible)
-    pairs, pmi = highest(ordered, counts, firings.rows, limits.parents)
-    parent, child, n = pairs.parent, pairs.child, counts[pairs.child]
-    looked_at = int(possible.sum())
-    coverage = pairs.both / n
-    # What a frequent latent covers by chance is no child of its own, nor between others, and not worth a pass.
-    above = pairs.above(counts, limits.lift)
-    related = covering.where(covering.above(counts, limits.lift))
-    tested = pairs.where(above)
-    s = sum_up(sae, shards, firings, tested, limits)
-    largest, directions = firings.largest, normalize(sae.W_dec.detach().float().cpu(), dim=1).numpy()
-    p, c, n_c = tested.parent, tested.child, counts[tested.child]
-    cosine = np.fromiter((directions[a] @ directions[b] for a, b in zip(p, c, strict=True)), float, len(p))
-    error = np.sqrt(np.maximum(s.harm_square / n_c - (s.harm / n_c) ** 2, 1e-30) / n_c)
 
-    def of_all(values: Array) -> Array:
-        figure = np.full(len(parent), np.nan)
-        figure[above] = values
-        return figure
+    def __init__(
+        self, sae: MatryoshkaSAE, firings: Firings, covering: Pairs, orders: Sequence[Array], limits: Limits
+    ) -> None:
+        self.firings, self.covering, self.limits = firings, covering, limits
+        self.candidates = [candidates(covering, firings, level, limits) for level in orders]
+        every = join([each.tested for each in self.candidates])
+        _, once = np.unique(self._key(every), return_index=True)
+        self.sum_up = SumUp(sae, firings, every.where(once), limits)  # one for all orders
 
-    f = {
-        "coverage": coverage,
-        "pmi": pmi,
-        "lift": np.fmin(
-            coverage / np.maximum(1e-12, pairs.chance), of_all(tested.both / np.maximum(1e-12, s.matched_fires))
-        ),
-        "q": false_discovery_rate(binom.sf(pairs.both - 1, n, pairs.chance), looked_at),
-        "mcs": of_all(s.product / np.sqrt(s.parent_square * s.square[c]) * largest[c] / largest[p]),
-        "gain": of_all((s.explains[c] - 2 * s.product * cosine) / (s.norm[c] - s.parent_explains)),
-        "harm": of_all(s.harm / s.norm[c]),
-        "z": of_all((s.harm - s.matched_harm) / n_c / error),
-        "covers": covers[parent],
-        "reverse": pairs.both / counts[parent],
-        "sibling": of_all(sibling_cosines(directions, related, p, c, covers <= limits.superparent)),
-        "between": between(related, parent, child),
-    }
-    passed = {key: TESTS[key].passes(f[key], limits) for key in LINES if key in f}
-    f["rank"] = ranks(f["mcs"], child, np.logical_and.reduce(list(passed.values())))
-    passed["rank"] = TESTS["rank"].passes(f["rank"], limits)
-    assert list(f) == list(TESTS), "a figure without a test"
-    return Edges(parent, child, n - pairs.both, f, passed, looked_at)
+    def _key(self, pairs: Pairs) -> Array:
+        """Numbers that sort pairs by child, then parent."""
+        return pairs.child * self.firings.d_sae + pairs.parent
+
+    def edges(self) -> list[Edges]:
+        """The edges of each order, once all rows were added to the sums."""
+        sums = self.sum_up.sums()
+        return [self._edges(each, sums) for each in self.candidates]
+
+    def _edges(self, candidates: Candidates, s: Sums) -> Edges:
+        pairs, above, limits = candidates.pairs, candidates.above, self.limits
+        parent, child, counts, tested = pairs.parent, pairs.child, self.firings.counts, candidates.tested
+        n, coverage = counts[child], pairs.both / counts[child]
+        at = np.searchsorted(self._key(self.sum_up.pairs), self._key(tested))  # of each tested pair in the sums
+        p, c, n_c = tested.parent, tested.child, counts[tested.child]
+        largest, directions = self.firings.largest, self.sum_up.directions.numpy()
+        # What a frequent latent covers by chance is no child of its own, nor between others.
+        related = self.covering.where(self.covering.above(counts, limits.lift))
+        harm = s.harm[at]
+        error = np.sqrt(np.maximum(s.harm_square[at] / n_c - (harm / n_c) ** 2, 1e-30) / n_c)
+
+        def of_all(values: Array) -> Array:
+            figure = np.full(len(parent), np.nan)
+            figure[above] = values
+            return figure
+
+        by_matched = tested.both / np.maximum(1e-12, s.matched_fires[at])
+        explained = s.explains[c] - 2 * s.product[at] * s.cosine[at]
+        f = {
+            "coverage": coverage,
+            "pmi": candidates.pmi,
+            "lift": np.fmin(coverage / np.maximum(1e-12, pairs.chance), of_all(by_matched)),
+            "q": false_discovery_rate(binom.sf(pairs.both - 1, n, pairs.chance), candidates.looked_at),
+            "mcs": of_all(s.product[at] / np.sqrt(s.parent_square[at] * s.square[c]) * largest[c] / largest[p]),
+            "gain": of_all(explained / (s.norm[c] - s.parent_explains[at])),
+            "harm": of_all(harm / s.norm[c]),
+            "z": of_all((harm - s.matched_harm[at]) / n_c / error),
+            "covers": candidates.covers[parent],
+            "reverse": pairs.both / counts[parent],
+            "sibling": of_all(sibling_cosines(directions, related, p, c, candidates.covers <= limits.superparent)),
+            "between": between(related, parent, child),
+        }
+        passed = {key: TESTS[key].passes(f[key], limits) for key in LINES if key in f}
+        f["rank"] = ranks(f["mcs"], child, np.logical_and.reduce(list(passed.values())))
+        passed["rank"] = TESTS["rank"].passes(f["rank"], limits)
+        assert list(f) == list(TESTS), "a figure without a test"
+        return Edges(parent, child, n - pairs.both, f, passed, candidates.looked_at)
+
+
+def grade(rows: Rows, trials: Sequence[Trial]) -> list[list[Edges]]:
+    """The edges of each trial and order: one pass over the rows of the firings, whose codes are known by now."""
+    if any(len(trial.sum_up.pairs.child) for trial in trials):
+        start = 0
+        for x in rows.read("test"):
+            for trial in trials:
+                trial.sum_up.add(start, x)
+            start += len(x)
+    return [trial.edges() for trial in trials]
+
+
+def find_edges(sae: MatryoshkaSAE, rows: Rows, firings: Firings, limits: Limits) -> Edges:
+    """The edges between an SAE's latents by all tests, without controls; the firings are of these rows."""
+    covering = covering_pairs(firings, limits.coverage, limits.least)
+    ((edges,),) = grade(rows, [Trial(sae, firings, covering, [levels(sae.prefixes)], limits)])
+    return edges
+
+
+def levels(prefixes: Sequence[int]) -> Array:
+    """The first prefix that holds each latent [d_sae]: 0, 1, …"""
+    return np.searchsorted(prefixes, np.arange(prefixes[-1]), side="right")
 
 
 def highest(pairs: Pairs, counts: Array, rows: int, parents: int) -> tuple[Pairs, Array]:
@@ -119,90 +179,6 @@ def highest(pairs: Pairs, counts: Array, rows: int, parents: int) -> tuple[Pairs
 def place_in_run(ascending: Array) -> Array:
     """0, 1, … within each run of equal values."""
     return np.arange(len(ascending)) - np.searchsorted(ascending, ascending)
-
-
-@dataclass
-class Sums:
-    """Sums over the rows on which a pair's child fires, in the notation of `grade`.
-
-    Of each pair: Σ a_p², Σ a_c a_p, Σ (‖x'‖² − ‖x' − a_p d_p‖²), Σ harm, Σ harm², and of the latents that fire about
-    as often as the parent, parent and child left out, their firings and their harm, a latent. Of each latent, over the
-    rows on which it fires: Σ a², Σ ‖x'‖², Σ (‖x'‖² − ‖x' − a d‖²).
-    """
-
-    parent_square: Array
-    product: Array
-    parent_explains: Array
-    harm: Array
-    harm_square: Array
-    matched_fires: Array
-    matched_harm: Array
-    square: Array
-    norm: Array
-    explains: Array
-
-
-@torch.no_grad()
-def sum_up(sae: MatryoshkaSAE, shards: Shards, firings: Firings, pairs: Pairs, limits: Limits) -> Sums:
-    """One pass over the rows, whose codes are known by now; pairs are sorted by child."""
-    d_sae, code = firings.d_sae, firings.code
-    assert (np.diff(pairs.child) >= 0).all(), "pairs are sorted by child"
-    first_pair = torch.from_numpy(np.searchsorted(pairs.child, np.arange(d_sae + 1)))
-    parents, column = (torch.from_numpy(a) for a in np.unique(pairs.parent, return_inverse=True))
-    column_of = torch.full((d_sae,), -1).index_put_((parents,), torch.arange(len(parents)))
-    group = torch.from_numpy(rate_groups(firings.counts, limits.matched, limits.least))
-    n_groups = int(group.max()) + 1
-    parent_group = group[parents][column]
-    directions = normalize(sae.W_dec.detach().float().cpu(), dim=1)
-    b_dec = sae.unscale(sae.b_dec.detach().float()).cpu()
-    of_pairs = torch.zeros(7, len(pairs.child), dtype=torch.float64)
-    of_latents = torch.zeros(3, d_sae, dtype=torch.float64)
-    if not len(pairs.child):
-        return Sums(*of_pairs.numpy(), *of_latents.numpy())
-    with progress(firings.rows, "test") as bar:
-        for piece in firings.pieces:
-            start = piece.start
-            for x in read(shards, piece, ROWS):
-                offsets = code.offsets[start : start + len(x) + 1]
-                entries = slice(int(offsets[0]), int(offsets[-1]))
-                latent, a = code.latents[entries].long(), code.acts[entries]
-                row = torch.arange(len(x)).repeat_interleave(offsets.diff())
-                x = x - b_dec
-                recon = embedding_bag(latent, directions, offsets[:-1] - offsets[0], mode="sum", per_sample_weights=a)
-                residual = x - recon
-                d = directions[latent]
-                explains = 2 * a * (x[row] * d).sum(1) - a.square()
-                harm = 2 * a * (residual[row] * d).sum(1) + a.square()
-                for total, values in zip(of_latents, (a.square(), x.square().sum(1)[row], explains), strict=True):
-                    total.index_add_(0, latent, values.double())
-                # What parents and groups of latents do on each row, to be looked up where a child fires.
-                of_parents, of_groups = torch.zeros(3, len(x), len(parents)), torch.zeros(2, len(x), n_groups)
-                is_parent = column_of[latent] >= 0
-                at, to = row[is_parent], column_of[latent[is_parent]]
-                of_parents[:, at, to] = torch.stack([a, explains, harm])[:, is_parent]
-                flat = row * n_groups + group[latent]
-                of_groups.view(2, -1).index_add_(1, flat, torch.stack([torch.ones_like(a), harm]))
-                entry, pair = pairs_of(latent, first_pair)
-                a_p, explains_p, harm_p = of_parents[:, row[entry], column[pair]]
-                fires, harms = of_groups[:, row[entry], parent_group[pair]]
-                same_group = group[latent][entry] == parent_group[pair]  # parent and child are no match of the parent
-                fires = fires - (a_p > 0).float() - same_group.float()
-                harms = harms - harm_p - same_group * harm[entry]
-                sums = (a_p.square(), a_p * a[entry], explains_p, harm_p, harm_p.square(), fires, harms)
-                for total, values in zip(of_pairs, sums, strict=True):
-                    total.index_add_(0, pair, values.double())
-                start += len(x)
-                bar.update(len(x))
-    group_size, child_group = group.bincount(minlength=n_groups), group[torch.from_numpy(pairs.child)]
-    of_pairs[5:] /= (group_size[parent_group] - 1 - (parent_group == child_group).long()).clamp_min(1)
-    return Sums(*of_pairs.numpy(), *of_latents.numpy())
-
-
-def pairs_of(latent: Tensor, first_pair: Tensor) -> tuple[Tensor, Tensor]:
-    """All (entry, pair) whose child is the entry's latent; the pairs of each child begin at its `first_pair`."""
-    many = first_pair[latent + 1] - first_pair[latent]
-    entry = torch.arange(len(latent)).repeat_interleave(many)
-    return entry, torch.arange(len(entry)) - (many.cumsum(0) - many)[entry] + first_pair[latent][entry]
 
 
 def sibling_cosines(directions: Array, pairs: Pairs, parent: Array, child: Array, asked: Array) -> Array:

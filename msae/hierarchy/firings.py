@@ -1,21 +1,21 @@
-"""Which latents fire on which rows: one pass over the shards, held as a sparse matrix."""
+"""Which latents fire on which rows: one pass over the rows, held as a sparse matrix."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from msae.data.shards import Shards
-from msae.evaluation.truth import as_csr, firing_matrix, latent_codes
+from msae.data.rows import Rows as AnyRows
 from msae.progress import progress
-from msae.sae import MatryoshkaSAE, SparseCode
+from msae.sae import MatryoshkaSAE, SparseCode, encode_sparse
 
-BATCH = 8192  # rows encoded at once
+BATCH = 8192  # rows read at once
+BLOCK = 2**24  # activations that are held densely at once
 Array = np.ndarray[Any, Any]
 
 
@@ -35,7 +35,7 @@ class Piece:
         return self.start + self.rows
 
 
-def pieces(shards: Shards, tokens: int | None) -> list[Piece]:
+def pieces(shards: AnyRows, tokens: int | None) -> list[Piece]:
     """Held-out rows first, then training rows, until there are `tokens` (None: all)."""
     parts: list[Piece] = []
     start = 0
@@ -59,20 +59,68 @@ def first_rows(index: dict[str, Tensor], n: int) -> Tensor:
     return (sequence <= last).nonzero().flatten()
 
 
-def read(shards: Shards, piece: Piece, batch: int = BATCH) -> Iterator[Tensor]:
-    """The piece's activations [≤ batch, d_in] in float32, in order."""
-    rows = shards.activations(piece.split, piece.shard)
-    for start in range(0, piece.rows, batch):
-        stop = min(start + batch, piece.rows)
-        yield (rows[start:stop] if piece.index is None else rows[piece.index[start:stop]]).float()
+@runtime_checkable
+class Rows(Protocol):
+    """Rows that can be read more than once."""
+
+    def read(self, what: str) -> Iterator[Tensor]:
+        """The rows in batches [n, d_in], in order, while a progress bar says `what` they are read for."""
+        ...
+
+
+class ShardRows:
+    """About `tokens` rows of shards (None: all), held-out ones first, in batches [≤ BATCH, d_in] of float32.
+
+    BOS, padding and special tokens are not among them: the harvest left them out. Raises ValueError in one line if
+    there are no rows.
+    """
+
+    def __init__(self, shards: AnyRows, tokens: int | None = None) -> None:
+        self.shards, self.pieces = shards, pieces(shards, tokens)
+        if not self.pieces:
+            raise ValueError(f"tokens={tokens} leaves no rows of {shards}; give tokens=1_000_000, or null: all")
+
+    def __len__(self) -> int:
+        return self.pieces[-1].stop
+
+    def read(self, what: str) -> Iterator[Tensor]:
+        """The batches, each of one shard."""
+        with progress(len(self), what) as bar:
+            for piece in self.pieces:
+                rows = self.shards.activations(piece.split, piece.shard)
+                for start in range(0, piece.rows, BATCH):
+                    taken = slice(start, min(start + BATCH, piece.rows))
+                    x = (rows[taken] if piece.index is None else rows[piece.index[taken]]).float()
+                    yield x
+                    bar.update(len(x))
+
+
+@torch.no_grad()
+def latent_codes(sae: MatryoshkaSAE, x: Tensor) -> SparseCode:
+    """activation · ‖W_dec row‖ of the latents active at inference, in raw units, on the CPU.
+
+    Encodes rows [rows, d_in], so many at once that `BLOCK` activations are dense. Latents are int32.
+    """
+    norm = torch.as_tensor(sae.contribution_norm() / sae.target_scale).expand(sae.d_sae)
+    parts = []
+    for some in x.split(max(1, BLOCK // sae.d_sae)):
+        code = encode_sparse(sae, some.to(sae.W_dec))
+        acts = (code.acts * norm[code.latents]).float()
+        parts.append(SparseCode(code.offsets.cpu(), code.latents.int().cpu(), acts.cpu(), sae.d_sae))
+    return SparseCode.cat(parts)
+
+
+def as_csr(code: SparseCode) -> csr_array:
+    """The code in SciPy's form [rows, d_sae], which shares its memory."""
+    parts = (code.acts.numpy(), code.latents.numpy(), code.offsets.numpy())
+    return csr_array(parts, shape=(code.batch, code.d_sae))
 
 
 @dataclass(frozen=True)
 class Firings:
-    """The code of rows of some shards: activation · ‖decoder row‖ in raw units; latents are int32."""
+    """The code of some rows: activation · ‖decoder row‖ in raw units; latents are int32."""
 
     code: SparseCode
-    pieces: list[Piece]
 
     @cached_property
     def matrix(self) -> csr_array:
@@ -81,8 +129,9 @@ class Firings:
 
     @property
     def fires(self) -> csr_array:
-        """1 where a latent fires."""
-        return firing_matrix(self.matrix)
+        """1 where a latent fires, int32."""
+        ones = np.ones(self.matrix.nnz, dtype=np.int32)
+        return csr_array((ones, self.matrix.indices, self.matrix.indptr), shape=self.matrix.shape)
 
     @property
     def rows(self) -> int:
@@ -122,25 +171,21 @@ class Firings:
             latents[first : first + moved.nnz], acts[first : first + moved.nnz] = moved.indices, moved.data
             offsets[start : start + len(moved.indptr)] = first + moved.indptr
         parts = (torch.from_numpy(offsets).long(), torch.from_numpy(latents), torch.from_numpy(acts))
-        return Firings(SparseCode(*parts, self.d_sae), self.pieces)
+        return Firings(SparseCode(*parts, self.d_sae))
 
 
-def collect(sae: MatryoshkaSAE, shards: Shards, tokens: int | None = None, floor: float = 0.0) -> Firings:
-    """Encode about `tokens` rows (None: all), held-out ones first; 8 bytes for each activation.
+def collect(saes: Sequence[MatryoshkaSAE], rows: Rows, floor: float = 0.0) -> list[Firings]:
+    """The firings of each SAE, which all encode a batch while it is at hand; 8 bytes for each activation.
 
-    What is at most `floor` of its latent's maximum counts as silent. BOS, padding and special tokens are not among the
-    rows: the harvest left them out. Raises ValueError in one line if there are no rows.
+    What is at most `floor` of its latent's maximum counts as silent.
     """
-    parts = pieces(shards, tokens)
-    if not parts:
-        raise ValueError(f"tokens={tokens} leaves no rows of {shards.directory}; give tokens=1_000_000, or null: all")
-    codes = list[SparseCode]()
-    with progress(parts[-1].stop, "encode") as bar:
-        for piece in parts:
-            for x in read(shards, piece):
-                code = latent_codes(sae, x)
-                codes.append(replace(code, latents=code.latents.int()))
-                bar.update(len(x))
-    code = SparseCode.cat(codes)
-    codes.clear()  # of 10M tokens a GB and more
-    return Firings(code.strong(floor), parts)
+    codes: list[list[SparseCode]] = [[] for _ in saes]
+    for x in rows.read("encode"):
+        for sae, parts in zip(saes, codes, strict=True):
+            parts.append(latent_codes(sae, x))
+    firings = []
+    for parts in codes:
+        code = SparseCode.cat(parts)
+        parts.clear()  # of 10M tokens a GB and more
+        firings.append(Firings(code.strong(floor)))
+    return firings

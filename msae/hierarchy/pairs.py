@@ -1,12 +1,16 @@
 """Which latents fire together: every pair of which one covers the other, and what chance would make of it."""
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import numpy as np
+import torch
 
-from msae.evaluation.truth import covering
 from msae.hierarchy.firings import Array, Firings
 from msae.progress import progress
+
+CHILDREN = 512  # whose pairs are counted at once: [CHILDREN, d_sae] at most, never d_sae²
 
 
 @dataclass
@@ -27,6 +31,11 @@ class Pairs:
         return self.both >= lift * self.chance * counts[self.child]
 
 
+def join(pairs: Sequence[Pairs]) -> Pairs:
+    """All of these pairs, one after the other."""
+    return Pairs(*(np.concatenate([getattr(each, field.name) for each in pairs]) for field in fields(Pairs)))
+
+
 def covering_pairs(firings: Firings, coverage: float, least: int) -> Pairs:
     """Every pair with P(parent | child) ≥ `coverage` whose parent fires more often, whatever their levels.
 
@@ -35,8 +44,20 @@ def covering_pairs(firings: Firings, coverage: float, least: int) -> Pairs:
     of random graphs). So a row on which much is active counts for less than one on which little is.
     """
     counts, fires = firings.counts, firings.fires
-    with progress(firings.d_sae, "pairs", unit="latents") as bar:
-        parent, child, both = covering(fires, coverage, least, bar.update)
+    columns = fires.T.tocsr()
+
+    def covered(start: int) -> Array:
+        together = (columns[start : start + CHILDREN] @ fires).tocoo()
+        child, parent, both = together.coords[0] + start, together.coords[1], together.data
+        covers = (counts[child] >= least) & (counts[parent] > counts[child]) & (both >= coverage * counts[child])
+        return np.stack([parent[covers], child[covers], both[covers]]).astype(np.int64)
+
+    starts, parts = range(0, firings.d_sae, CHILDREN), list[Array]()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool, progress(firings.d_sae, "pairs", unit="latents") as bar:
+        for start, part in zip(starts, pool.map(covered, starts), strict=True):
+            parts.append(part)
+            bar.update(min(CHILDREN, firings.d_sae - start))
+    parent, child, both = np.concatenate(parts, axis=1)
     others = fires.T @ (np.diff(fires.indptr) - 1.0)  # Σ (L0 − 1) over the rows on which each latent fires
     slots = np.maximum(1.0, fires.nnz - counts[child])
     chance = counts[parent] * others[child] / slots / np.maximum(1, counts[child])

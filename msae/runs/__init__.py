@@ -188,7 +188,7 @@ class Run:
         source = str(self.setting("data.source._target_"))
         if not re.fullmatch(r"msae\.sources\.\w+\.\w+Source", source):  # the run may come from elsewhere
             raise ValueError(
-                f"{self} streamed its rows from {source}, which is not called because a run names it; harvest them with "
+                f"{self} streamed its rows from {source}, which a run's word is not enough to call; harvest them with "
                 "python -m msae.harvest and give shards=<the directory>"
             )
         activations = Activations(decode(Data, self.config["data"], "data"))

@@ -1,4 +1,4 @@
-"""The commands `hierarchy` and `report` from a run to a page, what they find by themselves, and what they refuse."""
+"""The command `explore` from a run to a page, what it finds by itself, what it keeps, and what it refuses."""
 
 import json
 import re
@@ -16,20 +16,22 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from msae import export, report, train
+from msae import explore, export, train
 from msae.data.shards import Shards
 from msae.explorer import job, pictures
 from msae.explorer.inputs import Explore, Inputs, words
-from msae.hierarchy import __main__ as find_hierarchy
-from msae.hierarchy.edges import Edges
-from msae.hierarchy.extract import FIRINGS, ORDER, THIS, VANILLA, Hierarchy, levels, load
-from msae.hierarchy.firings import collect
+from msae.hierarchy import firings as firings_module
+from msae.hierarchy.edges import Edges, levels
+from msae.hierarchy.extract import FIRINGS, ORDER, THIS, VANILLA, Hierarchy
+from msae.hierarchy.files import load
+from msae.hierarchy.firings import ShardRows
 from msae.hierarchy.limits import LINES, STAGES, TESTS, Limits
 from msae.interop import load as load_sae
 from msae.runs import open_run
 from msae.sae import MatryoshkaSAE, permute, save_sae
 from msae.sources.bridge import load_bridge
 from tests.commands import ENVIRONMENT, one_line
+from tests.test_firings import firings_of
 from tests.test_page import latents_of, unpacked
 from tests.tiny_lm import tiny_model, tiny_tokenizer
 
@@ -121,7 +123,7 @@ def refused(call, command, *arguments: str) -> str:
 
 
 def hierarchy_of(directory: Path | str) -> Hierarchy:
-    return load(Path(directory) / "hierarchy" / "hierarchy.json")
+    return load(Path(directory) / "hierarchy" / "hierarchy.json")[0]
 
 
 def metadata_of(directory: Path) -> list[list[str]]:
@@ -142,7 +144,7 @@ def page_of(directory: Path | str) -> tuple[dict[str, Any], list[dict[str, Any]]
 def test_the_hierarchy_of_a_synthetic_tree(call, arms, monkeypatch):
     run = arms / "matryoshka"
     monkeypatch.setenv("COLUMNS", "120")  # no cell of the table is broken
-    printed = done(call, find_hierarchy, f"run={run}")
+    printed = done(call, explore, f"run={run}")
     directory, hierarchy = run / "hierarchy", hierarchy_of(run)
     assert list(hierarchy.funnels) == [THIS, ORDER, FIRINGS, VANILLA]
     survives, children = hierarchy.edges.survives, hierarchy.edges.child[hierarchy.edges.survives]
@@ -184,8 +186,8 @@ def test_the_hierarchy_of_a_synthetic_tree(call, arms, monkeypatch):
 
 
 def test_the_vanilla_arm_has_the_funnel_that_it_has_by_itself(call, arms):
-    done(call, find_hierarchy, f"run={arms}/matryoshka", "tokens=2000")
-    done(call, find_hierarchy, f"run={arms}/vanilla/sae", "tokens=2000")  # the directory of an SAE
+    done(call, explore, f"run={arms}/matryoshka", "tokens=2000")
+    done(call, explore, f"run={arms}/vanilla/sae", "tokens=2000")  # the directory of an SAE
     beside, alone = (hierarchy_of(arms / name) for name in ("matryoshka", "vanilla"))
     assert list(alone.funnels) == [THIS, FIRINGS]  # one prefix: no order, and no vanilla SAE beside itself
     assert beside.funnels[VANILLA] == alone.funnels[THIS] != beside.funnels[THIS]
@@ -195,11 +197,11 @@ def test_the_vanilla_arm_has_the_funnel_that_it_has_by_itself(call, arms):
 def test_running_again_replaces(call, arms):
     run = arms / "matryoshka"
     directory = run / "hierarchy"
-    done(call, find_hierarchy, f"run={run}")
+    done(call, explore, f"run={run}")
     before = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
-    printed = done(call, find_hierarchy, f"run={run}", "tokens=1500", "limits.mcs=0.99", "seed=3")
+    printed = done(call, explore, f"run={run}", "tokens=1500", "limits.mcs=0.99", "seed=3")
     hierarchy = hierarchy_of(run)
-    assert (hierarchy.about.tokens, hierarchy.about.limits.mcs) == (1500, 0.99)
+    assert (hierarchy.about.tokens, hierarchy.about.asked.limits.mcs) == (1500, 0.99)
     after = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
     assert before.keys() == after.keys()
     assert [name for name in before if before[name] == after[name]] == []
@@ -209,7 +211,7 @@ def test_running_again_replaces(call, arms):
 
 def test_the_page_of_a_synthetic_tree_shows_what_the_file_says(call, tree, arms):
     run = arms / "matryoshka"
-    printed = done(call, report, f"run={run}", "tokens=3000", "limits.floor=0.3")  # no hierarchy.json yet
+    printed = done(call, explore, f"run={run}", "tokens=3000", "limits.floor=0.3")
     hierarchy, (core, latents, vocabulary) = hierarchy_of(run), page_of(run)
     assert hierarchy.verdict() in printed
     assert core["verdict"] == hierarchy.verdict()
@@ -220,8 +222,8 @@ def test_the_page_of_a_synthetic_tree_shows_what_the_file_says(call, tree, arms)
     assert facts["tokens"] == "3,000"
     assert facts["edge precision"] == f"{hierarchy.truth['edge_precision']:.3f}"
     sae, shards = load_sae(run / "sae"), Shards(shards_of(tree))
-    firings = collect(sae, shards, 3000, 0.3)
-    assert firings.matrix.nnz < collect(sae, shards, 3000).matrix.nnz
+    firings = firings_of(sae, shards, 3000, 0.3)
+    assert firings.matrix.nnz < firings_of(sae, shards, 3000).matrix.nnz
     assert [sum(latent["histogram"]) for latent in latents] == firings.counts.tolist()
     child = int(np.flatnonzero(hierarchy.parent >= 0)[0])
     (edge,) = [e for e in latents[child]["edges"] if e[1] == child and e[2]]
@@ -231,25 +233,67 @@ def test_the_page_of_a_synthetic_tree_shows_what_the_file_says(call, tree, arms)
     assert top["group"] == "top"
     assert core["label"][child] in [vocabulary[token] for token in top["tokens"]]  # active on its strongest row
 
-    done(call, report, f"run={run}")  # from the file, with the tokens that it says
-    again, same, _ = page_of(run)
-    assert again == core
-    for name in ("edges", "nearest"):
-        assert [latent[name] for latent in same] == [latent[name] for latent in latents]
-    assert [sum(latent["histogram"]) for latent in same] == firings.counts.tolist()
-    second = (run / "report.html").read_bytes()
-    done(call, report, f"run={run}")
-    assert (run / "report.html").read_bytes() == second
+
+def no_encoding(*_: Any) -> None:
+    raise AssertionError("rows were encoded")
 
 
-def test_both_commands_on_a_language_model(call, lm, run):
-    """In a process of its own, as a user types it, and the page of what it has left; the words are the model's."""
+@pytest.mark.parametrize("kind", ["tree", "lm"])
+def test_a_second_call_writes_the_same_page_without_encoding(kind, call, tree, lm, arms, run, monkeypatch):
+    """To the byte, from what the first has kept."""
+    of, settings = (arms / "matryoshka" if kind == "tree" else run), ["tokens=900", "limits.least=5"]
+    read = {"encode": 0, "test": 0}
+    reading = ShardRows.read
+    monkeypatch.setattr(ShardRows, "read", lambda rows, what: count(read, what) or reading(rows, what))
+    printed = done(call, explore, f"run={of}", *settings)
+    assert read == {"encode": 1, "test": 1}  # by the vanilla SAE of the tree's run too
+    first, kept = (of / "report.html").read_bytes(), of / "hierarchy" / "firings.safetensors"
+    assert f"{kept} ({kept.stat().st_size / 1e6:.1f} MB)" in printed
+    files = {path: path.stat().st_mtime_ns for path in (of / "hierarchy").rglob("*") if path.is_file()}
+
+    monkeypatch.setattr(firings_module, "latent_codes", no_encoding)
+    printed = done(call, explore, f"run={of}", *settings)
+    assert "hierarchy.json, made before with these settings" in printed
+    assert hierarchy_of(of).verdict() in printed
+    assert (of / "report.html").read_bytes() == first
+    assert read == {"encode": 1, "test": 1}
+    assert {path: path.stat().st_mtime_ns for path in (of / "hierarchy").rglob("*") if path.is_file()} == files
+
+
+def count(read: dict[str, int], what: str) -> None:
+    read[what] += 1
+
+
+def test_without_kept_firings_rows_are_encoded_again_for_the_same_page(call, arms):
+    run = arms / "matryoshka"
+    kept, page = run / "hierarchy" / "firings.safetensors", run / "report.html"
+    printed = done(call, explore, f"run={run}", "tokens=900", "keep_firings=false")
+    assert "firings" not in {path.stem for path in kept.parent.iterdir()}
+    assert "firings:" not in printed
+    first = page.read_bytes()
+    assert "made before" in done(call, explore, f"run={run}", "tokens=900", "keep_firings=false")
+    assert not kept.exists()
+    assert page.read_bytes() == first
+    done(call, explore, f"run={run}", "tokens=900")  # and now they are kept
+    assert page.read_bytes() == first
+    content = kept.read_bytes()
+    for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        kept.write_bytes(damaged)
+        printed = done(call, explore, f"run={run}", "tokens=900")
+        assert f"{kept} does not hold the firings of the hierarchy beside it (its checksum is another)" in printed
+        assert page.read_bytes() == first
+        assert kept.read_bytes() == content
+    done(call, explore, f"run={run}", "tokens=800", "keep_firings=false")
+    assert not kept.exists()  # those of before are of other rows
+
+
+def test_the_command_on_a_language_model(call, lm, run):
+    """In a process of its own, as a user types it; the words are the model's."""
     loose = ["limits.mcs=0.1", "limits.coverage=0.4", "limits.least=5", "limits.z=-1e9", "limits.gain=-1"]
-    command = [sys.executable, "-m", "msae.hierarchy", f"run={run}", *loose]
+    command = [sys.executable, "-m", "msae.explore", f"run={run}", *loose]
     process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert not re.search("Traceback|Warning", process.stderr)
-    done(call, report, f"run={run}")
     hierarchy, (core, latents, vocabulary) = hierarchy_of(run), page_of(run)
     assert vocabulary == words(tiny_tokenizer())
     assert core["joined"] is True
@@ -289,7 +333,7 @@ def logit_lens(model: Any, rows: torch.Tensor, size: int) -> tuple[np.ndarray, n
 
 def test_a_page_without_a_model_shows_numbers(call, lm, run):
     (run / "config.yaml").unlink()
-    done(call, report, f"run={run}", f"shards={shards_of(lm)}", "tokens=600")
+    done(call, explore, f"run={run}", f"shards={shards_of(lm)}", "tokens=600")
     core, latents, vocabulary = page_of(run)
     assert dict(core["facts"])["tokens shown as"] == "numbers: no model was given"
     assert vocabulary[7] == "⟨7⟩"
@@ -302,14 +346,14 @@ def test_a_page_without_a_model_shows_numbers(call, lm, run):
 def test_an_sae_in_the_form_of_another_library(call, tree, arms):
     source, shards = arms / "matryoshka", f"shards={shards_of(tree)}"
     done(call, export, f"sae={source}", "to=saelens", "out=exported")
-    done(call, find_hierarchy, f"run={source}", shards, "tokens=2000")
-    done(call, report, "run=exported", shards, "tokens=2000")
+    done(call, explore, f"run={source}", shards, "tokens=2000")
+    done(call, explore, "run=exported", shards, "tokens=2000")
     ours, exported = hierarchy_of(source), hierarchy_of("exported")
     assert exported.funnels[THIS] == ours.funnels[THIS]
     assert exported.prefixes == ours.prefixes
     assert exported.parent.tolist() == ours.parent.tolist()
     assert VANILLA not in exported.funnels  # no arm stands beside it
-    done(call, find_hierarchy, "run=exported", shards, "tokens=2000", f"vanilla={arms / 'vanilla'}", "out=more")
+    done(call, explore, "run=exported", shards, "tokens=2000", f"vanilla={arms / 'vanilla'}", "out=more")
     assert hierarchy_of("more").funnels[VANILLA] == ours.funnels[VANILLA]
     assert Path("more/hierarchy/funnel.png").exists()
     assert list(Path("more/hierarchy/tensorboard").glob("events*"))
@@ -320,13 +364,12 @@ def test_an_sae_that_never_fires_has_a_page_and_pictures(prefixes, call, tree):
     """And the page of one whose file names no model does not say None."""
     silent("silent", prefixes)
     shards = f"shards={shards_of(tree)}"
-    assert "Nothing is found" in done(call, find_hierarchy, "run=silent", shards, "tokens=500")
+    assert "Nothing is found" in done(call, explore, "run=silent", shards, "tokens=500")
     hierarchy = hierarchy_of("silent")
     assert len(hierarchy.edges.parent) == 0
     assert (hierarchy.rate == 0).all()
     assert (hierarchy.parent == -1).all()
     assert all(Path(f"silent/hierarchy/{name}.png").stat().st_size > 3000 for name in PICTURES)
-    done(call, report, "run=silent", shards)
     core, latents, _ = page_of("silent")
     facts = dict(core["facts"])
     assert facts["latents"] == "12, 0 fire"
@@ -336,7 +379,7 @@ def test_an_sae_that_never_fires_has_a_page_and_pictures(prefixes, call, tree):
 
 
 def test_no_edge_survives_and_there_is_a_page(call, arms):
-    printed = done(call, report, f"run={arms}/matryoshka", "tokens=1500", "limits.z=1e9")
+    printed = done(call, explore, f"run={arms}/matryoshka", "tokens=1500", "limits.z=1e9")
     assert "Nothing is found" in printed
     assert "holes:" not in printed
     hierarchy, (core, latents, _) = hierarchy_of(arms / "matryoshka"), page_of(arms / "matryoshka")
@@ -350,46 +393,54 @@ def test_one_latent_alone_has_a_page(call, tree):
     sae = MatryoshkaSAE(20, 1, [1], 1)
     sae.threshold.fill_(0.0)
     save_sae(sae, "one")
-    done(call, report, "run=one", f"shards={shards_of(tree)}", "tokens=500")
+    done(call, explore, "run=one", f"shards={shards_of(tree)}", "tokens=500")
 
 
-def test_a_hierarchy_of_another_sae_or_of_other_shards_is_refused(call, tree, arms):
+def test_a_hierarchy_of_another_sae_of_other_shards_or_that_is_damaged_is_made_anew(call, tree, arms):
     """Of other prefixes, or of the same shape and trained on the same shards, as two seeds are."""
     run, shards = arms / "matryoshka", f"shards={shards_of(tree)}"
-    done(call, find_hierarchy, f"run={run}", "tokens=1000", "out=page")
+    vanilla, file = f"vanilla={arms / 'vanilla'}", Path("page/hierarchy/hierarchy.json")
+    common = ["tokens=1000", vanilla, "out=page"]
+    done(call, explore, f"run={run}", *common)
+    ours = file.read_bytes()
     nested, permuted = (load_sae(run / "sae") for _ in range(2))
     nested.prefixes = [16, 32]
     permute(permuted, torch.arange(31, -1, -1))
     for name, sae in (("nested", nested), ("permuted", permuted)):
         save_sae(sae, name)
-        line = refused(call, report, f"run={name}", shards, "out=page")
-        assert "page/hierarchy/hierarchy.json is of another SAE or of other shards" in line
-        assert f"run python -m msae.hierarchy run={name}" in line
-    file = Path("page/hierarchy/hierarchy.json")
-    content = json.loads(file.read_text())
-    content["about"]["identity_hash"] = "0" * 12
-    file.write_text(json.dumps(content))
-    assert "of another SAE or of other shards" in refused(call, report, f"run={run}", "out=page")
-    file.write_text("{}")
-    assert f"{file} is not a hierarchy of this msae" in refused(call, report, f"run={run}", "out=page")
-    assert not Path("page/report.html").exists()
+        line = f"hierarchy: {file} was made with other settings (sae); it is made anew"
+        assert line in done(call, explore, f"run={name}", shards, *common)
+        assert hierarchy_of("page").about.asked.sae != json.loads(ours)["about"]["asked"]["sae"]
+    done(call, explore, f"run={run}", *common)
+    assert file.read_bytes() == ours
+    content = json.loads(ours)
+    content["about"]["asked"]["shards"] = "0" * 12
+    for damaged, said in ((json.dumps(content), "(shards)"), ("{}", f"{file} is not a hierarchy of this msae")):
+        file.write_text(damaged)
+        assert said in done(call, explore, f"run={run}", *common)
+        assert file.read_bytes() == ours
 
 
-def test_a_page_is_of_the_limits_that_were_asked_for(call, arms):
-    """A hierarchy that was made before is used, and said to be; with other limits it is refused."""
+def test_a_page_is_of_the_settings_that_were_asked_for(call, arms):
     run = f"run={arms}/matryoshka"
-    printed = done(call, find_hierarchy, run, "tokens=1000", "limits.mcs=0.7", "out=here")
-    assert f"python -m msae.report {run} out=here" in printed
-    assert "was made with other limits" in refused(call, report, run, "limits.mcs=0.5", "out=here")
-    assert not Path("here/report.html").exists()
-    for limits in ([], ["limits.mcs=0.7"]):
-        assert "hierarchy.json, made before" in done(call, report, run, *limits, "out=here")
+    done(call, explore, run, "tokens=1000", "limits.mcs=0.7", "out=here")
+    assert "made before" in done(call, explore, run, "tokens=1000", "limits.mcs=0.7", "out=here")
+    changes = {
+        "limits": ["tokens=1000", "limits.mcs=0.5"],
+        "tokens": ["tokens=900", "limits.mcs=0.5"],
+        "seed": ["tokens=900", "limits.mcs=0.5", "seed=1"],
+        "vanilla": ["tokens=900", "limits.mcs=0.5", "seed=1", f"vanilla={arms}/matryoshka"],
+    }
+    for name, settings in changes.items():
+        assert f"made with other settings ({name}); it is made anew" in done(call, explore, run, *settings, "out=here")
+    hierarchy, (core, _, _) = hierarchy_of("here"), page_of("here")
+    assert (hierarchy.about.tokens, hierarchy.about.asked.limits.mcs) == (900, 0.5)
+    assert core["verdict"] == hierarchy.verdict()
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [find_hierarchy, report], ids=["hierarchy", "report"])
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -400,28 +451,28 @@ def test_a_page_is_of_the_limits_that_were_asked_for(call, arms):
         (["run=x"], "there is no directory x"),
     ],
 )
-def test_a_mistyped_key_is_one_line(command, arguments, said, call):
-    assert said in refused(call, command, *arguments)
+def test_a_mistyped_key_is_one_line(arguments, said, call):
+    assert said in refused(call, explore, *arguments)
     assert list(Path().iterdir()) == []
 
 
 def test_the_model_can_be_named_on_the_command_line(call, lm, run):
     """Not the one that was harvested, whose tokens would be other words; nor one that is not there."""
     other = tiny_model(Path("other"), tiny_tokenizer(size=290))
-    line = refused(call, find_hierarchy, f"run={run}", f"language_model={other}", "tokens=300")
+    line = refused(call, explore, f"run={run}", f"language_model={other}", "tokens=300")
     assert f"the tokenizer of {other} is not the one that {shards_of(lm)} was made with; give language_model=" in line
-    assert "nowhere" in refused(call, find_hierarchy, f"run={run}", "language_model=./nowhere", "tokens=300")
+    assert "nowhere" in refused(call, explore, f"run={run}", "language_model=./nowhere", "tokens=300")
     assert not (run / "hierarchy").exists()
     (run / "config.yaml").unlink()
-    done(call, find_hierarchy, f"run={run}", f"language_model={model_of(lm)}", f"shards={shards_of(lm)}", "tokens=300")
+    done(call, explore, f"run={run}", f"language_model={model_of(lm)}", f"shards={shards_of(lm)}", "tokens=300")
     assert not any("⟨" in row[4] for row in metadata_of(run))
 
 
 def test_shards_that_do_not_fit_or_are_not_there(call, tree, lm, run):
-    line = refused(call, find_hierarchy, f"run={run}", f"shards={shards_of(tree)}")
+    line = refused(call, explore, f"run={run}", f"shards={shards_of(tree)}")
     assert f"shards in {shards_of(tree)} have d_in=20, the SAE expects 32; give shards=" in line
-    assert "nothere has no manifest.json" in refused(call, report, f"run={run}", "shards=nothere")
-    line = refused(call, find_hierarchy, f"run={run}", f"vanilla={tree / 'vanilla'}")
+    assert "nothere has no manifest.json" in refused(call, explore, f"run={run}", "shards=nothere")
+    line = refused(call, explore, f"run={run}", f"vanilla={tree / 'vanilla'}")
     assert "d_in=32, the SAE expects 20" in line
     assert not (run / "report.html").exists()
 
@@ -440,7 +491,7 @@ def test_an_sae_is_found_in_a_run_in_its_directory_and_in_an_arm(tree, lm):
 
 def test_the_vanilla_arm_of_the_same_run_is_found(tree, arms):
     def vanilla(run: Path, **keys: Any) -> MatryoshkaSAE | None:
-        return inputs(run, shards=shards_of(tree), **keys).vanilla()
+        return inputs(run, shards=shards_of(tree), **keys).vanilla
 
     assert torch.equal(vanilla(tree / "matryoshka").W_dec, load_sae(tree / "vanilla" / "sae").W_dec)
     assert vanilla(tree / "vanilla") is None
@@ -457,7 +508,7 @@ def test_the_vanilla_arm_of_the_same_run_is_found(tree, arms):
 def test_an_arm_that_is_the_working_directory_has_its_run_beside_it(tree, monkeypatch):
     monkeypatch.chdir(tree / "matryoshka")
     for path in (".", "sae"):
-        assert inputs(path).vanilla() is not None
+        assert inputs(path).vanilla is not None
         assert inputs(path).shards.directory == shards_of(tree)
 
 
@@ -565,7 +616,7 @@ def small_hierarchy(
     edges = Edges(ends[:, 0], ends[:, 1], np.zeros(len(ends), dtype=np.int64), figures, passed, 50)
     funnels = {name: edges.funnel() for name in (THIS, ORDER, FIRINGS, VANILLA)}
     about: Any = None
-    return Hierarchy(prefixes, levels(prefixes), np.array(rate), np.array(rate), edges, funnels, {}, about)
+    return Hierarchy(prefixes, levels(prefixes), np.array(rate), np.array(rate), edges, funnels, about)
 
 
 def test_the_projector_has_the_forest_first_then_what_fires_most(monkeypatch):
