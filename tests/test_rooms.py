@@ -21,7 +21,7 @@ MAY_IMPORT = {  # room → rooms below it
     "explorer": {"sae", "sources", "data", "evaluation", "runs", "hierarchy"},
     "cli": {"sae", "data", "evaluation", "runs", "training"},
 }
-COMMANDS = {"train", "harvest", "export", "evaluate", "explore", "runs.__main__"}  # may import every room
+COMMANDS = {"notebook", "train", "harvest", "export", "evaluate", "explore", "runs.__main__"}  # may import every room
 ONLY_IN = {  # package → where it may be imported
     "lightning": ("training", "data.datamodule"),
     "transformer_lens": ("sources.bridge",),

@@ -62,6 +62,13 @@ def spread_of(source: Source, hook_names: list[str], gb: float) -> Spread:
     return Spread(held, max(4, math.ceil(most / POOL_ROWS)))  # four pools, which are read ahead, are a chunk at most
 
 
+def enough_gb(source: Source) -> float:
+    """The memory that holds every row of the source's first hook."""
+    most, val = source.most_rows()
+    chunks = -(-source.expected_rows() // most) + 1
+    return (val + (chunks + BESIDE) * most) * source.bytes_per_row(source.hook_names[0]) / GB * 1.001
+
+
 class Stream:
     """A source of which the first chunks are in memory, and the `feed` that goes on after them."""
 

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from msae.data.rows import Rows
 from msae.hierarchy.extract import Asked, asked_of, check_fits
 from msae.hierarchy.limits import Limits
 from msae.runs import Run, open_run
@@ -39,12 +40,12 @@ class Explore:
 class Inputs:
     """The SAE, its shards, a vanilla one beside it, and the words of its model, as the settings name them."""
 
-    def __init__(self, explore: Explore) -> None:
+    def __init__(self, explore: Explore, rows: Rows | None = None) -> None:
         self.explore = explore
         self.run = open_run(explore.run)
         self.sae = self.run.load_sae()
         self.out = Run(explore.out) if explore.out is not None else self.run
-        self.shards = self.run.rows(self.sae, explore.shards)
+        self.shards = self.run.rows(self.sae, explore.shards) if rows is None else rows
         check_fits(self.sae, self.shards)
         model, revision, tokenizer = (self.run.setting(f"data.source.{k}") for k in ("model", "revision", "tokenizer"))
         is_other = explore.language_model not in (None, model)

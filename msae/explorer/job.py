@@ -11,6 +11,7 @@ from rich.table import Table
 from torch.nn.functional import normalize
 from torch.utils.tensorboard import SummaryWriter
 
+from msae.data.rows import Rows
 from msae.evaluation.matching import match
 from msae.evaluation.truth import edge_scores
 from msae.explorer import pictures
@@ -28,14 +29,18 @@ NEAREST, PROMOTED = 8, 10  # shown of each latent
 PROJECTED = 4096  # latents in TensorBoard's projector, which takes text files
 
 
-def explore(settings: Explore) -> None:
-    """Find the edges, test them and keep them, unless that was done before with these settings; and write the page."""
-    inputs = Inputs(settings)
+def explore(settings: Explore, rows: Rows | None = None) -> Path:
+    """Find the edges, test them and keep them, unless that was done before with these settings; and write the page.
+
+    rows: those to look at, instead of those that the settings name. Returns the page's path.
+    """
+    inputs = Inputs(settings, rows)
     hierarchy, firings = kept(inputs) or find(inputs)
     page, path = page_of(inputs, hierarchy, firings), inputs.out.page
     with progress(inputs.sae.d_sae, "page", unit="latents") as bar:
         write_page(page, path, bar.update)
     say(f"page:      {path} ({size(path)}); open it in a browser, no server is needed")
+    return path
 
 
 def kept(inputs: Inputs) -> tuple[Hierarchy, Firings] | None:
