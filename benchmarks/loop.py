@@ -29,7 +29,7 @@ from msae.data.activations import Activations
 from msae.data.datamodule import ActivationData
 from msae.runs import Run
 from msae.settings import changed, decode
-from msae.training.job import build_module, build_trainer, quiet_lightning
+from msae.training.job import build_module, build_trainer, quiet_lightning, start_from
 from msae.training.memory import keep_freed_memory
 from msae.training.module import MatryoshkaTraining
 from msae.training.settings import Train
@@ -99,6 +99,7 @@ def measure(a: argparse.Namespace, directory: Path) -> None:
     noise = Made(rows, a.d_in, chunk=min(rows, CHUNK), val_rows=min(rows, VAL_ROWS))
     activations = Activations(changed(train.data, source=noise))
     data, module = ActivationData(activations), build_module({"": train.model}, activations)
+    start_from(module, activations)
     trainer = build_trainer(train, activations, module, run)
     rounds = Rounds(a.steps, directory / "timed.ckpt")
     trainer.callbacks.append(rounds)  # type: ignore[attr-defined]

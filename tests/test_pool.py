@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from msae import train
+from msae import evaluate, explore, train
 from msae.data import pool as pool_module
 from msae.data.activations import Activations, Data
 from msae.data.batches import TrainBatches, ValBatches
@@ -353,6 +353,59 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(call, signum) -> No
         code, _, err = call(train, *STREAMED[:-1], change, "ckpt_path=last")
         assert code == 1
         assert "was started with data.memory_gb=0.0003" in one_line(err)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_what_was_streamed_is_evaluated_and_explored_without_a_shard(call) -> None:
+    """The held-out rows are made again; a config from elsewhere calls nothing but a source of msae."""
+    assert call(train, *STREAMED, "run_dir=run")[0] == 0
+    code, _, err = call(evaluate, "sae=run", "out=out")
+    assert code == 0, err
+    (of_sae,) = json.loads(Path("out/evaluation.json").read_text())["saes"].values()
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert of_sae["figures"] == {key: metrics[key] for key in of_sae["figures"]}
+    code, _, err = call(explore, "run=run", "tokens=1000", "keep_firings=false")
+    assert code == 0, err
+    assert Path("run/report.html").is_file()
+    assert not Path("shards").exists()
+    config = Path("run/config.yaml")
+    config.write_text(config.read_text().replace("msae.sources.forest.ForestSource", "os.mkdir"))
+    code, _, err = call(evaluate, "sae=run")
+    assert code == 1
+    assert one_line(err).startswith("error: run streamed its rows from os.mkdir, which")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_two_processes_stop_and_go_on(call) -> None:
+    """Each makes its own chunks again; the checkpoint has the state of both."""
+    both = [*STREAMED, "trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "tokens=40_000"]
+    with start(*both, "run_dir=whole") as process:
+        _, printed = process.communicate()
+    assert process.returncode == 0, printed
+    with start(*both, "run_dir=run") as process:
+        wait_for("run/checkpoints/last.ckpt", process)
+        process.send_signal(signal.SIGTERM)
+        _, printed = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    state = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    ranks = next(parts_with("feed", state))["feed"]["ranks"]
+    assert ranks[0]["checksums"] != ranks[1]["checksums"]
+    with start(*both, "run_dir=run", "ckpt_path=last") as process:
+        _, printed = process.communicate()
+    assert process.returncode == 0, printed
+    same_weights(Path("whole"), Path("run"))
+
+
+def parts_with(key: str, tree: Any) -> Iterator[dict[str, Any]]:
+    """Every dict within a tree that has this key."""
+    if isinstance(tree, dict):
+        if key in tree:
+            yield tree
+        for value in tree.values():
+            yield from parts_with(key, value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from parts_with(key, value)
 
 
 def test_a_source_that_gives_other_rows_is_refused(opened) -> None:
