@@ -31,8 +31,13 @@ PROJECTED = 4096  # latents in TensorBoard's projector, which takes text files
 def explore(settings: Explore) -> None:
     """Find the edges, test them and keep them, unless that was done before with these settings; and write the page."""
     inputs = Inputs(settings)
-    hierarchy, firings = kept(inputs) or find(inputs)
-    page, path = page_of(inputs, hierarchy, firings), inputs.out.page
+    before = kept(inputs)
+    hierarchy, firings = before or find(inputs)
+    examples, labels = examples_of(inputs, hierarchy, firings)
+    if before is None:
+        summarise(hierarchy, inputs, labels)
+        say(f"hierarchy: {inputs.hierarchy_file}\ncharts:    tensorboard --logdir {inputs.out}")
+    page, path = page_of(inputs, hierarchy, firings, examples, labels), inputs.out.page
     with progress(inputs.sae.d_sae, "page", unit="latents") as bar:
         write_page(page, path, bar.update)
     say(f"page:      {path} ({size(path)}); open it in a browser, no server is needed")
@@ -68,7 +73,7 @@ def kept_firings(inputs: Inputs, hierarchy: Hierarchy, expected: str | None) -> 
 
 
 def find(inputs: Inputs) -> tuple[Hierarchy, Firings]:
-    """Extract, test, and write hierarchy.json, the firings, pictures and TensorBoard's summary to `out`/hierarchy."""
+    """Extract, test, and keep hierarchy and firings in `out`/hierarchy."""
     asked = inputs.asked
     hierarchy, firings = extract(inputs.sae, inputs.shards, asked.tokens, asked.limits, inputs.vanilla, asked.seed)
     if (truth := inputs.shards.truth) is not None:
@@ -77,8 +82,6 @@ def find(inputs: Inputs) -> tuple[Hierarchy, Firings]:
     inputs.hierarchy_file.parent.mkdir(parents=True, exist_ok=True)
     keep(inputs, hierarchy, firings)
     print_funnel(hierarchy)
-    summarise(hierarchy, inputs, examples_of(inputs, hierarchy, firings)[1])
-    say(f"hierarchy: {inputs.hierarchy_file}\ncharts:    tensorboard --logdir {inputs.out}")
     return load(inputs.hierarchy_file)[0], firings  # rounded, so that a page made later is the same
 
 
@@ -168,9 +171,8 @@ def projected(hierarchy: Hierarchy) -> Array:
     return np.sort(np.lexsort((-hierarchy.rate, ~in_forest))[:PROJECTED])
 
 
-def page_of(inputs: Inputs, hierarchy: Hierarchy, firings: Firings) -> Page:
+def page_of(inputs: Inputs, hierarchy: Hierarchy, firings: Firings, examples: Examples, labels: list[str]) -> Page:
     """Everything that the page shows; the contexts of a latent are made when they are asked for."""
-    examples, labels = examples_of(inputs, hierarchy, firings)
     text, vocabulary = examples.text, inputs.vocabulary
     nearest, cosines = neighbours(inputs.sae)
     promoted = suppressed = None
