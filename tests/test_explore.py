@@ -264,6 +264,23 @@ def count(read: dict[str, int], what: str) -> None:
     read[what] += 1
 
 
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_call_that_was_stopped_at_the_pictures_begins_anew(call, arms, monkeypatch):
+    """Where hierarchy.json is, the pictures are its own."""
+    run = arms / "matryoshka"
+    done(call, explore, f"run={run}", "tokens=800")
+    with monkeypatch.context() as patch:
+        patch.setattr(job.SummaryWriter, "add_embedding", interrupt)
+        assert call(explore, f"run={run}", "tokens=900")[0] == 130
+    assert not (run / "hierarchy" / "hierarchy.json").exists()
+    printed = done(call, explore, f"run={run}", "tokens=900")
+    assert "made before" not in printed
+    assert hierarchy_of(run).about.tokens == 900
+
+
 def test_without_kept_firings_rows_are_encoded_again_for_the_same_page(call, arms):
     run = arms / "matryoshka"
     kept, page = run / "hierarchy" / "firings.safetensors", run / "report.html"

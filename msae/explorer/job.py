@@ -36,6 +36,8 @@ def explore(settings: Explore) -> None:
     examples, labels = examples_of(inputs, hierarchy, firings)
     if before is None:
         summarise(hierarchy, inputs, labels)
+        keep(inputs, hierarchy, firings)  # last: where it is, the rest is too
+        hierarchy = load(inputs.hierarchy_file)[0]  # rounded, so that a page made later is the same
         say(f"hierarchy: {inputs.hierarchy_file}\ncharts:    tensorboard --logdir {inputs.out}")
     page, path = page_of(inputs, hierarchy, firings, examples, labels), inputs.out.page
     with progress(inputs.sae.d_sae, "page", unit="latents") as bar:
@@ -73,16 +75,14 @@ def kept_firings(inputs: Inputs, hierarchy: Hierarchy, expected: str | None) -> 
 
 
 def find(inputs: Inputs) -> tuple[Hierarchy, Firings]:
-    """Extract, test, and keep hierarchy and firings in `out`/hierarchy."""
+    """Extract and test, and say what was found."""
     asked = inputs.asked
     hierarchy, firings = extract(inputs.sae, inputs.shards, asked.tokens, asked.limits, inputs.vanilla, asked.seed)
     if (truth := inputs.shards.truth) is not None:
         matching = match(inputs.sae.W_dec.detach(), truth["features"].float())
         hierarchy.truth = edge_scores(hierarchy.edges, matching, truth["parent"])
-    inputs.hierarchy_file.parent.mkdir(parents=True, exist_ok=True)
-    keep(inputs, hierarchy, firings)
     print_funnel(hierarchy)
-    return load(inputs.hierarchy_file)[0], firings  # rounded, so that a page made later is the same
+    return hierarchy, firings
 
 
 def keep(inputs: Inputs, hierarchy: Hierarchy, firings: Firings) -> None:
@@ -136,6 +136,8 @@ def summarise(hierarchy: Hierarchy, inputs: Inputs, labels: list[str]) -> None:
         "forest": pictures.forest(hierarchy, labels),
     }
     directory = inputs.out.hierarchy
+    directory.mkdir(parents=True, exist_ok=True)
+    inputs.hierarchy_file.unlink(missing_ok=True)  # that of other pictures
     shutil.rmtree(directory / "tensorboard", ignore_errors=True)  # of an earlier extraction
     with SummaryWriter(directory / "tensorboard") as writer:
         for name, figure in figures.items():
