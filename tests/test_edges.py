@@ -16,7 +16,7 @@ from msae.hierarchy import edges as edges_module
 from msae.hierarchy import pairs as pairs_module
 from msae.hierarchy import sums as sums_module
 from msae.hierarchy.edges import Edges, Trial, grade, levels, ranks, sibling_cosines
-from msae.hierarchy.firings import Array, Firings, Rows, ShardRows
+from msae.hierarchy.firings import Array, Firings, FirstRows, Rows
 from msae.hierarchy.limits import LINES, STAGES, TESTS, Limits
 from msae.hierarchy.pairs import Pairs, covering_pairs
 from msae.sae import MatryoshkaSAE
@@ -368,7 +368,7 @@ def graded(
     firings = firings_of(sae, shards, None, limits.floor)
     if shuffle is not None:
         firings = firings.shuffled(shuffle)
-    return World(sae, ShardRows(shards), firings, levels(sae.prefixes), x.numpy()).grade(limits), firings
+    return World(sae, FirstRows(shards), firings, levels(sae.prefixes), x.numpy()).grade(limits), firings
 
 
 def survivors(edges: Edges) -> set[Edge]:

@@ -28,7 +28,7 @@ from msae.explorer.examples import (
     text_of,
 )
 from msae.explorer.inputs import words
-from msae.hierarchy.firings import Array, Firings, ShardRows, collect
+from msae.hierarchy.firings import Array, Firings, FirstRows, collect
 from msae.sae import MatryoshkaSAE
 from msae.sources.forest import ForestSource
 from tests.test_firings import given_shards, of_dense, sae_of
@@ -63,7 +63,7 @@ def text(tmp_path_factory) -> SimpleNamespace:
         sae.W_dec.mul_(torch.linspace(0.5, 2, 24)[:, None])
         sae.b_enc[5] = -100.0  # never fires
         sae.b_enc[0] = 0.3  # fires often
-    read = ShardRows(shards, sum(map(len, rows[:3])) + 90)
+    read = FirstRows(shards, sum(map(len, rows[:3])) + 90)
     (firings,) = collect([sae], read)
     tokens, dense, at = [], [], []
     for x, beside, whole in zip(rows, index, WHOLE, strict=True):
@@ -123,7 +123,7 @@ def test_a_vocabulary_that_lacks_a_token_is_refused_in_one_line(text):
 def test_rows_without_text_have_no_contexts(tmp_path):
     firings = of_dense(np.eye(3, 2))
     shards = given_shards(tmp_path, [torch.ones(3, 2)], [torch.ones(3, 2)])
-    assert text_of(ShardRows(shards), None) is None
+    assert text_of(FirstRows(shards), None) is None
     examples = Examples(firings, None, np.array([-1, 0]))
     assert examples.contexts(1) == []
     assert examples.labels() == ["", ""]
@@ -299,8 +299,8 @@ def forest(tmp_path_factory) -> SimpleNamespace:
     sae = sae_of(features[order], torch.linalg.pinv(features)[:, order].T, [4, 20], 0.01)
     x = torch.cat([shards.activations("val", 0), shards.activations("train", 0)])[:300]
     active = (x.double() @ torch.linalg.pinv(features.double())).numpy() > 0.01
-    (firings,) = collect([sae], ShardRows(shards, 300))
-    names, order = text_of(ShardRows(shards, 300), None), order.tolist()
+    (firings,) = collect([sae], FirstRows(shards, 300))
+    names, order = text_of(FirstRows(shards, 300), None), order.tolist()
     return SimpleNamespace(sae=sae, order=order, active=active, firings=firings, features=features, names=names)
 
 

@@ -24,7 +24,7 @@ from msae.hierarchy import firings as firings_module
 from msae.hierarchy.edges import Edges, levels
 from msae.hierarchy.extract import FIRINGS, ORDER, THIS, VANILLA, Hierarchy
 from msae.hierarchy.files import load
-from msae.hierarchy.firings import ShardRows
+from msae.hierarchy.firings import FirstRows
 from msae.hierarchy.limits import LINES, STAGES, TESTS, Limits
 from msae.interop import load as load_sae
 from msae.runs import open_run
@@ -243,8 +243,8 @@ def test_a_second_call_writes_the_same_page_without_encoding(kind, call, tree, l
     """To the byte, from what the first has kept."""
     of, settings = (arms / "matryoshka" if kind == "tree" else run), ["tokens=900", "limits.least=5"]
     read = {"encode": 0, "test": 0}
-    reading = ShardRows.read
-    monkeypatch.setattr(ShardRows, "read", lambda rows, what: count(read, what) or reading(rows, what))
+    reading = FirstRows.read
+    monkeypatch.setattr(FirstRows, "read", lambda rows, what: count(read, what) or reading(rows, what))
     printed = done(call, explore, f"run={of}", *settings)
     assert read == {"encode": 1, "test": 1}  # by the vanilla SAE of the tree's run too
     first, kept = (of / "report.html").read_bytes(), of / "hierarchy" / "firings.safetensors"
@@ -262,6 +262,23 @@ def test_a_second_call_writes_the_same_page_without_encoding(kind, call, tree, l
 
 def count(read: dict[str, int], what: str) -> None:
     read[what] += 1
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_call_that_was_stopped_at_the_pictures_begins_anew(call, arms, monkeypatch):
+    """Where hierarchy.json is, the pictures are its own."""
+    run = arms / "matryoshka"
+    done(call, explore, f"run={run}", "tokens=800")
+    with monkeypatch.context() as patch:
+        patch.setattr(job.SummaryWriter, "add_embedding", interrupt)
+        assert call(explore, f"run={run}", "tokens=900")[0] == 130
+    assert not (run / "hierarchy" / "hierarchy.json").exists()
+    printed = done(call, explore, f"run={run}", "tokens=900")
+    assert "made before" not in printed
+    assert hierarchy_of(run).about.tokens == 900
 
 
 def test_without_kept_firings_rows_are_encoded_again_for_the_same_page(call, arms):

@@ -28,7 +28,7 @@ from msae.hierarchy.extract import (
     without_directory,
 )
 from msae.hierarchy.files import load, load_firings, numbers, save, save_firings
-from msae.hierarchy.firings import Array, Firings, ShardRows
+from msae.hierarchy.firings import Array, Firings, FirstRows
 from msae.hierarchy.limits import TESTS, Limits
 from msae.hierarchy.pairs import covering_pairs
 from msae.sae import MatryoshkaSAE
@@ -166,7 +166,7 @@ def test_controls_are_the_same_tests_on_other_levels_firings_and_saes(shards, se
 
     def funnel(of: MatryoshkaSAE, firings: Firings, level: Array) -> dict[str, int]:
         trial = Trial(of, firings, covering_pairs(firings, 0.15, 5), [level], limits)
-        return grade(ShardRows(shards, 2000), [trial])[0][0].funnel()
+        return grade(FirstRows(shards, 2000), [trial])[0][0].funnel()
 
     expected = {
         THIS: funnel(sae, firings, level),

@@ -14,7 +14,7 @@ from torch import Tensor
 from msae.data.harvest import harvest
 from msae.data.shards import Shards
 from msae.hierarchy import firings as module
-from msae.hierarchy.firings import BATCH, Array, Firings, Piece, ShardRows, collect, latent_codes, pieces
+from msae.hierarchy.firings import BATCH, Array, Firings, FirstRows, Piece, collect, latent_codes, pieces
 from msae.sae import MatryoshkaSAE, SparseCode
 from msae.sae.model import Normalise
 from msae.sae.sparsity import SPARSITIES
@@ -63,7 +63,7 @@ def of_dense(dense: Any) -> Firings:
 
 def firings_of(sae: MatryoshkaSAE, shards: Shards, tokens: int | None = None, floor: float = 0.0) -> Firings:
     """The firings of one SAE on about so many rows of these shards."""
-    (firings,) = collect([sae], ShardRows(shards, tokens), floor)
+    (firings,) = collect([sae], FirstRows(shards, tokens), floor)
     return firings
 
 
@@ -162,7 +162,7 @@ def test_rows_are_read_in_order_in_float32_as_often_as_they_are_asked_for(dtype,
     shards = shards_of("text", tmp_path, dtype)
     assert shards.stored_dtype == dtype
     for tokens in (17, None):
-        parts, rows = pieces(shards, tokens), ShardRows(shards, tokens)
+        parts, rows = pieces(shards, tokens), FirstRows(shards, tokens)
         for batch in (1, 7, 10**6):
             monkeypatch.setattr(module, "BATCH", batch)
             for _ in range(2):

@@ -345,18 +345,23 @@ def test_edges_are_scored_through_the_matching() -> None:
     assert all(map(math.isnan, scores.values()))
 
 
+@pytest.mark.parametrize("leak", [0.0, 0.04])
 @pytest.mark.parametrize("build", BUILDS)
-def test_edges_are_those_that_exploring_finds_on_the_same_rows(build, tmp_path) -> None:
+def test_edges_are_those_that_exploring_finds_on_the_same_rows(build, leak, tmp_path) -> None:
+    """Also where two roots fire on every row, at more than the floor of edges and less than that of firing."""
     encoder, decoder = build(DEEP)
     decoder[3:] += 0.1 * torch.randn(13, 16, generator=torch.Generator().manual_seed(0))
-    sae = sae_of(decoder, encoder, [3, 7, 16])
+    sae = sae_of(decoder, encoder, [3, 7, 16], threshold=0.001)
+    with torch.no_grad():
+        sae.b_enc[:2] += leak
     metrics = truth_metrics(sae, InMemory(DEEP.x.split(700)), DEEP.truth)
     shards = given_shards(tmp_path, [DEEP.x], [DEEP.x[:9]])
     hierarchy, _ = extract(sae, shards, len(DEEP.x), Limits())
     assert hierarchy.level.tolist() == levels([3, 7, 16]).tolist()
     scores = truth.edge_scores(hierarchy.edges, match(sae.W_dec, DEEP.features), DEEP.parent)
     assert scores == pytest.approx({key: metrics[key] for key in scores}, nan_ok=True)
-    assert (scores["edge_recall"] > 0) == (build is not absorbed)
+    roots = np.isin(hierarchy.edges.parent[hierarchy.edges.survives], [0, 1])
+    assert roots.any() == (build is not absorbed and leak == 0)
 
 
 def test_true_codes_are_values_times_the_norms_of_their_features() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from msae.evaluation.matching import CANDIDATES, Match, match, mcc, mcc_chance, mmcs, nearest, pair_cosines, uniqueness
 from msae.evaluation.reconstruction import ratio
 from msae.hierarchy.edges import Edges, find_edges
-from msae.hierarchy.firings import Firings, Rows, collect
+from msae.hierarchy.firings import Firings, Readable, collect
 from msae.hierarchy.limits import Limits
 from msae.sae import MatryoshkaSAE, SparseCode
 
@@ -115,7 +115,7 @@ def shrinkage(fires: SparseCode, active: SparseCode) -> float:
 
 
 @torch.no_grad()
-def truth_metrics(sae: MatryoshkaSAE, rows: Rows, truth: dict[str, Tensor], start: int = 0) -> dict[str, float]:
+def truth_metrics(sae: MatryoshkaSAE, rows: Readable, truth: dict[str, Tensor], start: int = 0) -> dict[str, float]:
     """All figures of this file for rows that begin at row `start` of the truth.
 
     `truth`: features [n, d_in], parent [n] (−1: a root), and the true activations as CSR (offsets, feature, value).

@@ -10,7 +10,7 @@ from scipy.sparse import csc_array, csr_array
 from torch import Tensor
 
 from msae.evaluation.matching import match
-from msae.hierarchy.firings import Array, Firings, ShardRows
+from msae.hierarchy.firings import Array, Firings, FirstRows
 from msae.progress import progress
 from msae.sae import MatryoshkaSAE
 
@@ -99,7 +99,7 @@ class Names:
         return np.concatenate([[len(self.vocabulary) - 1], active]), rows, 0, f"row {row}"
 
 
-def text_of(rows: ShardRows, vocabulary: Sequence[str] | None) -> Text | Names | None:
+def text_of(rows: FirstRows, vocabulary: Sequence[str] | None) -> Text | Names | None:
     """The text or the features beside the rows; None where nothing is. Without a vocabulary tokens are numbers.
 
     Raises ValueError in one line if the vocabulary lacks a token.

@@ -20,7 +20,7 @@ from msae.explorer.inputs import Explore, Inputs
 from msae.explorer.page import Page, write_page
 from msae.hierarchy.extract import Hierarchy, extract
 from msae.hierarchy.files import load, load_firings, save, save_firings
-from msae.hierarchy.firings import Array, Firings, ShardRows, collect
+from msae.hierarchy.firings import Array, Firings, FirstRows, collect
 from msae.hierarchy.limits import STAGES, TESTS
 from msae.progress import progress, say
 from msae.sae import MatryoshkaSAE
@@ -35,8 +35,15 @@ def explore(settings: Explore, rows: Rows | None = None) -> Path:
     rows: those to look at, instead of those that the settings name. Returns the page's path.
     """
     inputs = Inputs(settings, rows)
-    hierarchy, firings = kept(inputs) or find(inputs)
-    page, path = page_of(inputs, hierarchy, firings), inputs.out.page
+    before = kept(inputs)
+    hierarchy, firings = before or find(inputs)
+    examples, labels = examples_of(inputs, hierarchy, firings)
+    if before is None:
+        summarise(hierarchy, inputs, labels)
+        keep(inputs, hierarchy, firings)  # last: where it is, the rest is too
+        hierarchy = load(inputs.hierarchy_file)[0]  # rounded, so that a page made later is the same
+        say(f"hierarchy: {inputs.hierarchy_file}\ncharts:    tensorboard --logdir {inputs.out}")
+    page, path = page_of(inputs, hierarchy, firings, examples, labels), inputs.out.page
     with progress(inputs.sae.d_sae, "page", unit="latents") as bar:
         write_page(page, path, bar.update)
     say(f"page:      {path} ({size(path)}); open it in a browser, no server is needed")
@@ -67,24 +74,20 @@ def kept_firings(inputs: Inputs, hierarchy: Hierarchy, expected: str | None) -> 
             return load_firings(inputs.firings_file, expected, inputs.sae.d_sae)
         except ValueError as error:
             say(f"{error}; the rows are encoded again")
-    (firings,) = collect([inputs.sae], ShardRows(inputs.shards, inputs.asked.tokens), inputs.asked.limits.floor)
+    (firings,) = collect([inputs.sae], FirstRows(inputs.shards, inputs.asked.tokens), inputs.asked.limits.floor)
     keep(inputs, hierarchy, firings)
     return firings
 
 
 def find(inputs: Inputs) -> tuple[Hierarchy, Firings]:
-    """Extract, test, and write hierarchy.json, the firings, pictures and TensorBoard's summary to `out`/hierarchy."""
+    """Extract and test, and say what was found."""
     asked = inputs.asked
     hierarchy, firings = extract(inputs.sae, inputs.shards, asked.tokens, asked.limits, inputs.vanilla, asked.seed)
     if (truth := inputs.shards.truth) is not None:
         matching = match(inputs.sae.W_dec.detach(), truth["features"].float())
         hierarchy.truth = edge_scores(hierarchy.edges, matching, truth["parent"])
-    inputs.hierarchy_file.parent.mkdir(parents=True, exist_ok=True)
-    keep(inputs, hierarchy, firings)
     print_funnel(hierarchy)
-    summarise(hierarchy, inputs, examples_of(inputs, hierarchy, firings)[1])
-    say(f"hierarchy: {inputs.hierarchy_file}\ncharts:    tensorboard --logdir {inputs.out}")
-    return load(inputs.hierarchy_file)[0], firings  # rounded, so that a page made later is the same
+    return hierarchy, firings
 
 
 def keep(inputs: Inputs, hierarchy: Hierarchy, firings: Firings) -> None:
@@ -104,7 +107,7 @@ def size(path: Path) -> str:
 
 def examples_of(inputs: Inputs, hierarchy: Hierarchy, firings: Firings) -> tuple[Examples, list[str]]:
     """Examples of every latent, and a few words for it."""
-    rows = ShardRows(inputs.shards, inputs.asked.tokens)
+    rows = FirstRows(inputs.shards, inputs.asked.tokens)
     examples = Examples(firings, text_of(rows, inputs.vocabulary), hierarchy.parent)
     truth = inputs.shards.truth
     return examples, examples.labels() if truth is None else feature_labels(inputs.sae, truth["features"])
@@ -138,6 +141,8 @@ def summarise(hierarchy: Hierarchy, inputs: Inputs, labels: list[str]) -> None:
         "forest": pictures.forest(hierarchy, labels),
     }
     directory = inputs.out.hierarchy
+    directory.mkdir(parents=True, exist_ok=True)
+    inputs.hierarchy_file.unlink(missing_ok=True)  # that of other pictures
     shutil.rmtree(directory / "tensorboard", ignore_errors=True)  # of an earlier extraction
     with SummaryWriter(directory / "tensorboard") as writer:
         for name, figure in figures.items():
@@ -173,9 +178,8 @@ def projected(hierarchy: Hierarchy) -> Array:
     return np.sort(np.lexsort((-hierarchy.rate, ~in_forest))[:PROJECTED])
 
 
-def page_of(inputs: Inputs, hierarchy: Hierarchy, firings: Firings) -> Page:
+def page_of(inputs: Inputs, hierarchy: Hierarchy, firings: Firings, examples: Examples, labels: list[str]) -> Page:
     """Everything that the page shows; the contexts of a latent are made when they are asked for."""
-    examples, labels = examples_of(inputs, hierarchy, firings)
     text, vocabulary = examples.text, inputs.vocabulary
     nearest, cosines = neighbours(inputs.sae)
     promoted = suppressed = None

@@ -1,6 +1,7 @@
 """The hierarchy at a glance: the funnel with its controls, edges by level, the forest under the strongest roots."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -82,8 +83,13 @@ def outline(parent: Array, rate: Array, roots: int, most: int) -> Order:
     return [line for lines in trees[:roots] for line in lines][:most]
 
 
+@cache
+def letters() -> Mapping[int, int]:
+    """What matplotlib's font has, by code point."""
+    return get_font(findfont("DejaVu Sans")).get_charmap()
+
+
 def plain(label: str, most: int = 40) -> str:
     """A label that matplotlib draws as it is, with · for what is not printed or not in its font."""
-    font = get_font(findfont("DejaVu Sans")).get_charmap()
-    shown = "".join(c if c.isprintable() and ord(c) in font else "·" for c in label)
+    shown = "".join(c if c.isprintable() and ord(c) in letters() else "·" for c in label)
     return shown if len(shown) <= most else shown[: most - 1] + "…"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binom
 
-from msae.hierarchy.firings import Array, Firings, Rows
+from msae.hierarchy.firings import Array, Firings, Readable
 from msae.hierarchy.limits import LINES, TESTS, Limits
 from msae.hierarchy.pairs import Pairs, covering_pairs, eligible, false_discovery_rate, join
 from msae.hierarchy.sums import Sums, SumUp
@@ -145,7 +145,7 @@ class Trial:
         return Edges(parent, child, n - pairs.both, f, passed, candidates.looked_at)
 
 
-def grade(rows: Rows, trials: Sequence[Trial]) -> list[list[Edges]]:
+def grade(rows: Readable, trials: Sequence[Trial]) -> list[list[Edges]]:
     """The edges of each trial and order: one pass over the rows of the firings, whose codes are known by now."""
     if any(len(trial.sum_up.pairs.child) for trial in trials):
         start = 0
@@ -156,7 +156,7 @@ def grade(rows: Rows, trials: Sequence[Trial]) -> list[list[Edges]]:
     return [trial.edges() for trial in trials]
 
 
-def find_edges(sae: MatryoshkaSAE, rows: Rows, firings: Firings, limits: Limits) -> Edges:
+def find_edges(sae: MatryoshkaSAE, rows: Readable, firings: Firings, limits: Limits) -> Edges:
     """The edges between an SAE's latents by all tests, without controls; the firings are of these rows."""
     covering = covering_pairs(firings, limits.coverage, limits.least)
     ((edges,),) = grade(rows, [Trial(sae, firings, covering, [levels(sae.prefixes)], limits)])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from msae.data.rows import Rows as AnyRows
+from msae.data.rows import Rows
 from msae.hierarchy.edges import Edges, Trial, grade, levels
-from msae.hierarchy.firings import Array, Firings, ShardRows, collect
+from msae.hierarchy.firings import Array, Firings, FirstRows, collect
 from msae.hierarchy.limits import STAGES, Limits
 from msae.hierarchy.pairs import covering_pairs
 from msae.sae import MatryoshkaSAE
@@ -82,7 +82,7 @@ class Hierarchy:
         return line + "".join(refuted[:1])
 
 
-def check_fits(sae: MatryoshkaSAE, shards: AnyRows) -> None:
+def check_fits(sae: MatryoshkaSAE, shards: Rows) -> None:
     """Raises ValueError in one line unless these are rows that the SAE can read and reconstruct."""
     if sae.is_transcoder:
         raise ValueError("this is a transcoder, whose error needs two hooks; the hierarchy is of autoencoders")
@@ -102,7 +102,7 @@ def weights_hash(sae: MatryoshkaSAE) -> str:
 
 
 def asked_of(
-    sae: MatryoshkaSAE, shards: AnyRows, tokens: int | None, limits: Limits, vanilla: MatryoshkaSAE | None, seed: int
+    sae: MatryoshkaSAE, shards: Rows, tokens: int | None, limits: Limits, vanilla: MatryoshkaSAE | None, seed: int
 ) -> Asked:
     """What `extract` is asked by these arguments."""
     of_vanilla = None if vanilla is None else weights_hash(vanilla)
@@ -111,7 +111,7 @@ def asked_of(
 
 def extract(
     sae: MatryoshkaSAE,
-    shards: AnyRows,
+    shards: Rows,
     tokens: int | None,
     limits: Limits,
     vanilla: MatryoshkaSAE | None = None,
@@ -131,7 +131,7 @@ def extract(
         covering = covering_pairs(firings, limits.coverage, limits.least)
         return Trial(of, firings, covering, orders, limits)
 
-    rows, orders = ShardRows(shards, tokens), {THIS: levels(sae.prefixes)}
+    rows, orders = FirstRows(shards, tokens), {THIS: levels(sae.prefixes)}
     firings, *others = collect(saes, rows, limits.floor)
     if len(sae.prefixes) > 1:
         orders[ORDER] = np.random.default_rng(seed).permutation(orders[THIS])

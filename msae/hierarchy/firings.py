@@ -10,7 +10,7 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from msae.data.rows import Rows as AnyRows
+from msae.data.rows import Rows
 from msae.progress import progress
 from msae.sae import MatryoshkaSAE, SparseCode, encode_sparse
 
@@ -35,7 +35,7 @@ class Piece:
         return self.start + self.rows
 
 
-def pieces(shards: AnyRows, tokens: int | None) -> list[Piece]:
+def pieces(shards: Rows, tokens: int | None) -> list[Piece]:
     """Held-out rows first, then training rows, until there are `tokens` (None: all)."""
     parts: list[Piece] = []
     start = 0
@@ -60,7 +60,7 @@ def first_rows(index: dict[str, Tensor], n: int) -> Tensor:
 
 
 @runtime_checkable
-class Rows(Protocol):
+class Readable(Protocol):
     """Rows that can be read more than once."""
 
     def read(self, what: str) -> Iterator[Tensor]:
@@ -68,14 +68,14 @@ class Rows(Protocol):
         ...
 
 
-class ShardRows:
+class FirstRows:
     """About `tokens` rows of shards (None: all), held-out ones first, in batches [≤ BATCH, d_in] of float32.
 
     BOS, padding and special tokens are not among them: the harvest left them out. Raises ValueError in one line if
     there are no rows.
     """
 
-    def __init__(self, shards: AnyRows, tokens: int | None = None) -> None:
+    def __init__(self, shards: Rows, tokens: int | None = None) -> None:
         self.shards, self.pieces = shards, pieces(shards, tokens)
         if not self.pieces:
             raise ValueError(f"tokens={tokens} leaves no rows of {shards}; give tokens=1_000_000, or null: all")
@@ -174,7 +174,7 @@ class Firings:
         return Firings(SparseCode(*parts, self.d_sae))
 
 
-def collect(saes: Sequence[MatryoshkaSAE], rows: Rows, floor: float = 0.0) -> list[Firings]:
+def collect(saes: Sequence[MatryoshkaSAE], rows: Readable, floor: float = 0.0) -> list[Firings]:
     """The firings of each SAE, which all encode a batch while it is at hand; 8 bytes for each activation.
 
     What is at most `floor` of its latent's maximum counts as silent.

@@ -7,7 +7,7 @@ runs/<name>-<time>/       or a job of a sweep, or an arm of a run with several
     checkpoints/          last.ckpt, previous.ckpt, best.ckpt
     tensorboard/          events
     truth.png …           pictures
-    hierarchy/            hierarchy.json, pictures, events; report.html: the page
+    hierarchy/            hierarchy.json, firings.safetensors, pictures, events; report.html: the page
     arms.json, <arm>/     of a run with several arms, each a run of its own without config and checkpoints
     error.txt             why a job of a sweep failed
 """
