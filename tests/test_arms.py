@@ -26,11 +26,11 @@ OF_ARM = {
 ARMS = "arms={" + ", ".join(f"{name}: {{{', '.join(map(': '.join, of.items()))}}}" for name, of in OF_ARM.items()) + "}"
 
 
-def scalars(run: Path) -> dict[str, list[float]]:
-    """What TensorBoard shows, without what depends on the clock."""
+def scalars(run: Path) -> dict[str, list[str]]:
+    """What TensorBoard shows, NaN too, without what depends on the clock."""
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     tags = set(events.Tags()["scalars"]) - {"train/tokens_per_s", "final/seconds", "epoch"}
-    return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
+    return {tag: [repr(event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
 def same_metrics(together: str | Path, alone: str | Path) -> None:

@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(done, signum):
 MISTAKES = {
     "no run to resume": (["ckpt_path=last"], "ckpt_path=last: no run of tree under runs/"),
     "not a run": (["ckpt_path=nowhere"], "ckpt_path: nowhere is not a run directory"),
-    "d_in": (["model.d_in=768"], "have d_in=20, the model expects 768"),
+    "d_in": (["model.d_in=768"], "has d_in=20, the model expects 768"),
     "a batch too large": (["data.batch_tokens=8192"], "has 4000 training rows, fewer than a batch of 8192"),
     "disk cap": (["data.max_disk_gb=0.0001", "data.root=other"], "data.max_disk_gb allows 0.0001"),
     "root is a file": (["data.root=file"], "cannot write to file"),

@@ -16,7 +16,7 @@ from msae.hierarchy import edges as edges_module
 from msae.hierarchy import pairs as pairs_module
 from msae.hierarchy import sums as sums_module
 from msae.hierarchy.edges import Edges, Trial, grade, levels, ranks, sibling_cosines
-from msae.hierarchy.firings import Array, Firings, FirstRows, Rows
+from msae.hierarchy.firings import Array, Firings, FirstRows, Readable
 from msae.hierarchy.limits import LINES, STAGES, TESTS, Limits
 from msae.hierarchy.pairs import Pairs, covering_pairs
 from msae.sae import MatryoshkaSAE
@@ -118,7 +118,7 @@ def test_above_chance_begins_at_the_lift():
 
 class World(NamedTuple):
     sae: MatryoshkaSAE
-    rows: Rows
+    rows: Readable
     firings: Firings
     level: Array
     x: Array  # rows in order

@@ -487,7 +487,7 @@ def test_the_model_can_be_named_on_the_command_line(call, lm, run):
 
 def test_shards_that_do_not_fit_or_are_not_there(call, tree, lm, run):
     line = refused(call, explore, f"run={run}", f"shards={shards_of(tree)}")
-    assert f"shards in {shards_of(tree)} have d_in=20, the SAE expects 32; give shards=" in line
+    assert f"{shards_of(tree)} has d_in=20, the SAE expects 32; give shards=" in line
     assert "nothere has no manifest.json" in refused(call, explore, f"run={run}", "shards=nothere")
     line = refused(call, explore, f"run={run}", f"vanilla={tree / 'vanilla'}")
     assert "d_in=32, the SAE expects 20" in line

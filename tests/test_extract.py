@@ -186,7 +186,7 @@ def test_levels_are_the_first_prefix_that_holds_a_latent(prefixes):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"d_in": 21}, r"^shards in \S+ have d_in=20, the SAE expects 21; give shards=[^\n]*$"),
+        ({"d_in": 21}, r"^\S+ has d_in=20, the SAE expects 21; give shards=[^\n]*$"),
         ({"d_in": 20, "d_out": 20}, r"^this is a transcoder[^\n]*$"),
     ],
 )

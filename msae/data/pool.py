@@ -218,7 +218,7 @@ class PoolFeed:
                 place += 1
             number, state, chunks = place, begun.state, begun.chunks
         elif state is not None:
-            number = place * self.world + self.rank
+            number = self.rank  # modulo world: the state is that before a chunk of this rank
         while True:
             for each in self.source.chunks(state) if chunks is None else chunks:
                 if number % self.world == self.rank and "train" in each.splits:
@@ -237,9 +237,14 @@ class PoolFeed:
                     digest.update(as_array(tensor.contiguous()).data)
         checksum = digest.hexdigest()
         with self._changed:
+            if place == len(self._checksums) and self._chunks is not None:
+                raise ValueError(
+                    f"{self.source.name} has more than {place} chunks, where it ended before, so it gives other rows; "
+                    "start a new run"
+                )
             if place == len(self._checksums):
                 self._checksums.append(checksum)
-            elif place > len(self._checksums) or self._checksums[place] != checksum:
+            elif self._checksums[place] != checksum:
                 raise ValueError(
                     f"chunk {place} of {self.source.name} was made again and came out with checksum {checksum}, "
                     f"not {self._checksums[place]}: the source gives other rows than before (another device, library "
