@@ -83,10 +83,10 @@ def test_a_metric_is_one_function(done, monkeypatch) -> None:
 def test_a_source_is_one_class_and_a_file(done, monkeypatch) -> None:
     more = {"settings": settings, "Chunk": Chunk}
     defined, argument = follow("Bring a source", msae.sources.forest, **more)
-    monkeypatch.setattr(msae.sources.forest, "Noise", defined["Noise"], raising=False)
+    monkeypatch.setattr(msae.sources.forest, "NoiseSource", defined["NoiseSource"], raising=False)
     (text,) = re.findall(r"```yaml\n(.*?)```", INSIDE, re.DOTALL)
     Path("conf/data").mkdir(parents=True)
-    Path("conf/data/noise.yaml").write_text(text.replace("msae.sources.noise.Noise", "msae.sources.forest.Noise"))
+    Path("conf/data/noise.yaml").write_text(text.replace("msae.sources.noise.NoiseSource", "msae.sources.forest.NoiseSource"))
     assert not (config_dir("conf") / "data" / "noise.yaml").exists()
     done(train, "-cd", str(Path("conf").absolute()), *SHORT, argument)
     assert Run("run").load_sae().d_in == 64
