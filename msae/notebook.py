@@ -85,7 +85,7 @@ def train(
     config = {"name": name, "tokens": plan.tokens, "seed": seed, "model": as_plain(recipe), "trainer": plan.trainer}
     config["data"] = {"batch_tokens": batch_tokens, "source": source.identity(data.hook)}
     run, metrics, _ = job.train(plan, [], {"": recipe}, config)
-    return Trained(run, metrics[""], rows_of(source))
+    return Trained(run, metrics.get("", {}), rows_of(source))  # another rank has no figures
 
 
 def rows_of(source: TensorSource) -> Rows:

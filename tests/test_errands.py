@@ -86,7 +86,9 @@ def test_a_source_is_one_class_and_a_file(done, monkeypatch) -> None:
     monkeypatch.setattr(msae.sources.forest, "NoiseSource", defined["NoiseSource"], raising=False)
     (text,) = re.findall(r"```yaml\n(.*?)```", INSIDE, re.DOTALL)
     Path("conf/data").mkdir(parents=True)
-    Path("conf/data/noise.yaml").write_text(text.replace("msae.sources.noise.NoiseSource", "msae.sources.forest.NoiseSource"))
+    Path("conf/data/noise.yaml").write_text(
+        text.replace("msae.sources.noise.NoiseSource", "msae.sources.forest.NoiseSource")
+    )
     assert not (config_dir("conf") / "data" / "noise.yaml").exists()
     done(train, "-cd", str(Path("conf").absolute()), *SHORT, argument)
     assert Run("run").load_sae().d_in == 64

@@ -3,9 +3,10 @@
 import json
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
-import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 
 from msae import evaluate, explore, train
-from msae.data import pool as pool_module
 from msae.data.activations import Activations, Data
 from msae.data.batches import TrainBatches, ValBatches
 from msae.data.datamodule import ActivationData
@@ -29,7 +29,7 @@ from msae.settings import decode
 from msae.sources.forest import ForestSource
 from msae.sources.language_model import LanguageModelSource
 from msae.sources.source import Chunk, Split
-from tests.commands import SHORT, one_line, only_run, same_weights, start, wait_for
+from tests.commands import ENVIRONMENT, SHORT, one_line, only_run, same_weights, start, wait_for
 from tests.sources import FakeSource
 from tests.test_harvest import contents
 from tests.tiny_lm import sentences, tiny_model
@@ -43,7 +43,8 @@ TOTAL = CHUNKS * SIZE - 1
 class Rows(FakeSource):
     """Two hooks whose rows hold their own number from 1 on (negative if held out).
 
-    Rows of the chunks `changed` are other ones; the chunk `fails` cannot be made.
+    Chunks have `size` to `size` + 2 rows. Rows of the chunks `changed` are other ones; the chunk `fails` cannot be
+    made.
     """
 
     name = "rows"
@@ -56,13 +57,14 @@ class Rows(FakeSource):
         fails: int = -1,
         pause: float = 0,
         widths: dict[str, int] = WIDTHS,
+        size: int = 90,
     ) -> None:
-        super().__init__(widths, dtype, count * (MOST + 2), count=count)
-        self.count, self.changed, self.fails, self.pause = count, changed, fails, pause
+        super().__init__(widths, dtype, count * (size + 4), count=count)
+        self.count, self.changed, self.fails, self.pause, self.size = count, changed, fails, pause, size
         self.made: list[int] = []
 
     def most_rows(self) -> tuple[int, int]:
-        return MOST, 2 * self.count
+        return self.size + 2, 2 * self.count
 
     def truth(self) -> None:
         return None
@@ -80,7 +82,7 @@ class Rows(FakeSource):
     def chunks(self, state: dict[str, Any] | None) -> Iterator[Chunk]:
         first = 1
         for number in range(self.count):
-            rows = torch.arange(first, first + 90 + number % 3)
+            rows = torch.arange(first, first + self.size + number % 3)
             first += len(rows)
             if number >= (state["next"] if state else 0):
                 splits = {"train": partial(self.rows_of, number, rows), "val": partial(self.rows_of, number, -rows[:2])}
@@ -164,7 +166,7 @@ def test_every_row_comes_once_a_pass_near_its_place(opened, held) -> None:
             chunk = a_pass * CHUNKS + chunk_of(row)
             first, last = (chunk - held + 1, chunk + held) if chunk >= held else (0, 2 * held - 1)
             assert SIZE * first - 2 * held - 2 <= place < SIZE * last + 2 * held + 2
-        assert 3 <= len(places[row]) <= 4 or (len(rows) - held * SIZE) // TOTAL <= len(places[row])
+        assert (len(rows) - held * SIZE) // TOTAL <= len(places[row]) <= (len(rows) + held * SIZE) // TOTAL + 1
     assert sum(abs(a - b) == 1 for a, b in pairwise(rows)) < 0.06 * len(rows)
     if held > 1:
         assert sum(b - a == TOTAL for a, b in zip(rows, rows[TOTAL:], strict=False)) < 0.1 * len(rows)
@@ -203,7 +205,8 @@ def test_a_rank_without_a_chunk_is_one_line(opened) -> None:
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_transcoders_types_and_rows_on_a_device(opened, dtype, device) -> None:
     """On a device the rows are tensors, else arrays; the batches are the same."""
-    both = opened(Rows(dtype=dtype), hooks=("hook", "target"), device=device)
+    held = 2 if device is None else 3  # there, nothing is given back before a chunk is read, so fewer are held
+    both = opened(Rows(dtype=dtype), held, hooks=("hook", "target"), device=device)
     pairs = list(TrainBatches(both["hook"], 50, 60, 0, target=both["target"]))
     for x, y in pairs:
         assert (x.shape, y.shape, x.dtype) == ((50, 2), (50, 3), both["hook"].dtype)
@@ -246,42 +249,42 @@ def test_rows_that_all_fit_are_read_as_from_disk_and_made_once(opened, tmp_path,
 def test_no_more_is_made_than_training_reads(opened) -> None:
     source = Rows()
     list(TrainBatches(opened(source)["hook"], 91, 7, 0))  # seven turns, of chunks 0 to 7
-    assert 7 <= source.made[-1] <= 8
+    assert source.made in (list(range(8)), list(range(9)))
 
 
-@pytest.mark.parametrize("held", [1, 4])
-def test_the_budget_is_never_exceeded(opened, held, monkeypatch) -> None:
-    """Every array of rows that is made is counted until it is gone."""
-    alive, most, lock = Counter[int](), [0], threading.Lock()
+SIZED = """
+import sys
+from pathlib import Path
+from tests.test_pool import GB, Rows, gb
+from msae.data.batches import TrainBatches
+from msae.data.stream import open_stream
+from msae.training.memory import keep_freed_memory
+import torch
 
-    def counted(array: Any, size: int) -> None:
-        with lock:
-            alive[id(array)] = size
-            most[0] = max(most[0], sum(alive.values()))
-        weakref.finalize(array, alive.pop, id(array))
+source = Rows(30, widths={"hook": 64}, size=100_000)
+keep_freed_memory()
+budget = gb(int(sys.argv[1]), source)
+def now(kind):
+    return int(Path("/proc/self/status").read_text().split(kind)[1].split()[1]) * 1024
+torch.ones(100_000, 64).double().square().sum(0)  # what the first use of torch takes
+before = now("RssAnon")
+rows, stream = open_stream(source, ["hook"], Path("none"), budget, show=False)
+most = now("RssAnon")
+for batch in TrainBatches(rows["hook"], 4096, 350, 0):
+    most = max(most, now("RssAnon"))
+assert not stream.is_whole
+print((most - before) / GB, budget)
+"""
 
-    stored, joined, split = pool_module.stored, pool_module.joined, Rows.split
 
-    def counting(make: Any) -> Any:
-        def one(*given: Any) -> Any:
-            rows = make(*given)
-            counted(rows["activations"], rows["activations"].nbytes)
-            return rows
-
-        return one
-
-    def counting_split(self: Rows, rows: dict[str, Tensor], **index: Tensor) -> Split:
-        made = split(self, rows, **index)
-        counted(made.activations["hook"], made.activations["hook"].nbytes)
-        return made
-
-    monkeypatch.setattr(pool_module, "stored", counting(stored))
-    monkeypatch.setattr(pool_module, "joined", counting(joined))
-    monkeypatch.setattr(Rows, "split", counting_split)
-    source = Rows(widths={"hook": 200})
-    for _ in TrainBatches(opened(source, held)["hook"], 50, 150, 0):
-        time.sleep(0.001)
-    assert 0.5 * gb(held, source) * GB < most[0] <= gb(held, source) * GB
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("held", [2, 8])
+def test_the_process_takes_no_more_than_the_budget(held) -> None:
+    """Of 30 chunks of 26 MB, with malloc told to keep what is freed, as in training; batches come on top."""
+    done = subprocess.run([sys.executable, "-c", SIZED, str(held)], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    taken, budget = map(float, done.stdout.split())
+    assert 0.5 * budget < taken < budget + 0.05
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
@@ -342,7 +345,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(call, signum) -> No
         wait_for("runs/*/checkpoints/last.ckpt", process)
         process.send_signal(signum)
         _, printed = process.communicate()
-    assert process.returncode in (-signal.SIGKILL, 128 + signal.SIGTERM), printed
+    assert process.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), printed
     run = only_run()
     assert not (run / "sae").exists(), "the run was not killed in time"
     code, _, err = call(train, *STREAMED, "ckpt_path=last")
@@ -526,6 +529,42 @@ def test_rows_that_are_not_finite_are_one_line(opened) -> None:
     source.split = lambda rows, **index: Split({h: x * float("nan") for h, x in rows.items()}, index)
     with pytest.raises(ValueError, match=r"^hook has rows with NaN or Inf, [^\n]*$"):
         opened(source)
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_a_row_that_is_not_finite_is_one_line_wherever_it_comes(opened, split, monkeypatch) -> None:
+    """Held out, or in a chunk that comes while training reads."""
+    rows_of = Rows.rows_of
+
+    def spoilt(self: Rows, number: int, rows: Tensor) -> Split:
+        made = rows_of(self, number, rows)
+        if split == "val" if rows[0] < 0 else (split == "train" and number == 9):
+            made.activations["hook"][1, 1] = float("nan")
+        return made
+
+    monkeypatch.setattr(Rows, "rows_of", spoilt)
+    with pytest.raises(ValueError, match=r"^hook has rows with NaN or Inf, [^\n]*$"):
+        list(TrainBatches(opened()["hook"], 32, 100, 0))
+
+
+def test_a_thread_that_ends_late_touches_nothing(opened, monkeypatch) -> None:
+    """A chunk takes longer than `halt` waits; the next iteration has its own rows."""
+    whole = list(TrainBatches(opened()["hook"], 32, 60, 0))
+    source = Rows()
+    batches = TrainBatches(opened(source)["hook"], 32, 60, 0)
+    join = threading.Thread.join
+    monkeypatch.setattr(
+        threading.Thread, "join", lambda self, timeout=None: join(self, 0 if timeout == 10 else timeout)
+    )
+    iterator = iter(batches)
+    got = list(islice(iterator, 20))
+    source.pause = 0.3
+    iterator.close()
+    source.pause = 0
+    got += list(batches)
+    assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True))
+    monkeypatch.undo()
+    time.sleep(0.4)
 
 
 def test_a_whole_harvest_is_used(opened, tmp_path) -> None:

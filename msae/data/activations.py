@@ -41,9 +41,9 @@ class Data:
     max_disk_gb: Positive | None = 100.0
     """Refuse a harvest that needs more disk; null: no limit."""
     memory_gb: Positive | None = None
-    """Keep rows in memory alone, at most so many GB, made while training reads them; null: harvest to disk first."""
+    """Keep rows in memory alone, made while training reads them, in so many GB of each process; null: on disk."""
     memory_device: str | None = None
-    """Where rows in memory wait to be read, such as cuda; null: host memory."""
+    """Where rows wait that do not all fit, such as cuda; null: host memory, where those that all fit stay."""
     val_rows: Count | None = None
     """Held-out rows that validation reads; null: all."""
     prefetch: Count = 4

@@ -42,7 +42,7 @@ def sides(rows: Rows, target: Rows | None) -> list[Rows]:
         return [rows]
     a, b = rows.identity, target.identity
     differs = [f"identity.{key}" for key in sorted((a.keys() | b.keys()) - {"hook_name"}) if a.get(key) != b.get(key)]
-    for split in ("train", "val"):
+    for split in ("val",) if rows.is_endless else ("train", "val"):
         sizes = rows.rows(split)
         if sizes != target.rows(split):
             differs.append(f"{split} rows")
@@ -149,7 +149,7 @@ class TrainBatches:
                     "would differ; resume with the settings of its config.yaml or start a new run"
                 )
         self.position = state["position"]
-        self.feed.resume(self.position, state["feed"])
+        self.feed.resume(self.position, state.get("feed", {}))
 
     def _depends_on(self) -> dict[str, Any]:
         hashes = [rows.identity_hash for rows in self.sides]

@@ -1,5 +1,10 @@
 """Rows in memory: the chunks of a source, of which nothing is written."""
 
+import ctypes
+import math
+import mmap
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -8,6 +13,8 @@ from msae.data.rows import Rows, Stored, as_array
 from msae.data.shards import identity_hash
 from msae.sources.int8 import dequantise
 from msae.sources.source import Source, Split
+
+CAN_RELEASE = hasattr(mmap, "MADV_DONTNEED") and hasattr(mmap, "MAP_ANONYMOUS")
 
 
 class MemoryRows(Rows):
@@ -24,7 +31,10 @@ class MemoryRows(Rows):
         self.identity, self.provenance = source.identity(hook_name), source.provenance()
         self.identity_hash = identity_hash(self.identity)
         self.name = f"{source.name}-{hook_name}-{self.identity_hash}"
-        first = next(piece for pieces in splits.values() for piece in pieces).activations[hook_name]
+        made = [*splits["train"], *splits["val"]]
+        if not made:
+            raise ValueError(f"{source.name} holds out no rows; raise data.source.val_fraction or give more text")
+        first = made[0].activations[hook_name]
         self.d_in, self.stored_dtype = first.shape[1], first.dtype
         if statistics is not None:
             self.mean, self.mean_square = statistics
@@ -41,7 +51,8 @@ class MemoryRows(Rows):
         first = np.cumsum([0, *self.rows(split)])
         pieces = np.searchsorted(first, starts.numpy(), "right") - 1
         blocks = zip(pieces.tolist(), (starts - first[pieces]).tolist(), (stops - first[pieces]).tolist(), strict=True)
-        return joined([stored(self.splits[split][i], self.hook_name, slice(a, b)) for i, a, b in blocks])
+        values = [values_of(piece, self.hook_name) for piece in self.splits[split]]
+        return joined([{name: tensor[a:b] for name, tensor in values[i].items()} for i, a, b in blocks])
 
     def activations(self, split: str, piece: int) -> Tensor:
         """As `Rows.activations`."""
@@ -54,18 +65,61 @@ class MemoryRows(Rows):
         return self.splits[split][piece].index
 
 
-def stored(rows: Split, hook_name: str, some: slice | Tensor, device: str | None = None) -> Stored:
-    """Some of a chunk's rows: a view if they are a slice, else a copy. With a device, tensors on it."""
-    tensors = {"activations": rows.activations[hook_name], "scales": rows.scales.get(hook_name)}
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if device is not None:
-        return {name: tensor[some].to(device) for name, tensor in given.items()}
-    return {name: as_array(t)[some if isinstance(some, slice) else some.numpy()] for name, t in given.items()}
+class Room:
+    """A tensor in memory that goes back to the system with it, its first rows sooner (`release`, on Linux).
+
+    What malloc hands out it may keep when it is freed, and training tells it to (`msae.training.memory`).
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if CAN_RELEASE else {}
+        count = math.prod(shape)
+        self._map = mmap.mmap(-1, max(1, count * dtype.itemsize), **flags)
+        whole = torch.frombuffer(self._map, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+        self.tensor = whole.view(*shape)
+
+    def release(self, rows: int) -> None:
+        """Give back what lies before this row, which must not be read any more."""
+        pages = rows * self.tensor[0].nbytes // mmap.PAGESIZE if rows else 0
+        if CAN_RELEASE and pages:
+            self._map.madvise(mmap.MADV_DONTNEED, 0, pages * mmap.PAGESIZE)
 
 
-def joined(blocks: list[Stored]) -> Stored:
-    """The rows of all blocks, one after the other."""
-    names = blocks[0].keys()
-    if isinstance(blocks[0]["activations"], Tensor):
-        return {name: torch.cat([block[name] for block in blocks]) for name in names}
-    return {name: np.concatenate([block[name] for block in blocks]) for name in names}
+def give_back() -> None:
+    """Hand memory that was freed back to the system (glibc; elsewhere nothing happens)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if CAN_RELEASE else None
+    if trim is not None:
+        trim(0)
+
+
+def settled(rows: Split, hook_names: list[str]) -> Split:
+    """The same rows of these hooks in rooms of their own."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        room = Room(tensor.shape, tensor.dtype)
+        np.copyto(as_array(room.tensor), as_array(tensor))
+        return room.tensor
+
+    activations = {hook: copied(rows.activations[hook]) for hook in hook_names}
+    return Split(
+        activations, rows.index, {hook: copied(rows.scales[hook]) for hook in hook_names if hook in rows.scales}
+    )
+
+
+def values_of(rows: Split, hook_name: str) -> dict[str, Tensor]:
+    """A hook's activations [n, d_in] and, beside int8, scales [n]."""
+    scales = rows.scales.get(hook_name)
+    return {"activations": rows.activations[hook_name]} | ({} if scales is None else {"scales": scales})
+
+
+def joined(blocks: Sequence[Mapping[str, Tensor]], as_tensors: bool = False) -> Stored:
+    """The rows of all blocks, one after the other: arrays, or tensors on their device."""
+    together: Stored = {}
+    for name, first in blocks[0].items():
+        parts = [block[name] for block in blocks]
+        if as_tensors:
+            together[name] = torch.cat(parts)
+            continue
+        room = Room((sum(map(len, parts)), *first.shape[1:]), first.dtype)
+        together[name] = np.concatenate([as_array(part) for part in parts], out=as_array(room.tensor))
+    return together

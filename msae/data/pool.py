@@ -19,7 +19,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from msae.data.memory import joined, stored
+from msae.data.harvest import sums
+from msae.data.memory import Room, joined, values_of
 from msae.data.order import Pool, Spread
 from msae.data.rows import Stored, as_array
 from msae.seeds import stream as random_stream
@@ -39,6 +40,23 @@ class Begun:
     def close(self) -> None:
         """Let the source's model go."""
         self.chunks.close()
+
+
+class Kept:
+    """Shuffled rows: in host memory, or on a device, which gives nothing back before all of them are read."""
+
+    def __init__(self, values: Tensor, order: Tensor, device: str | None) -> None:
+        self._room = Room(values.shape, values.dtype) if device is None else None
+        if self._room is None:
+            self.tensor = values.index_select(0, order).to(device)
+        else:
+            self.tensor = self._room.tensor
+            as_array(values).take(order.numpy(), axis=0, out=as_array(self.tensor), mode="clip")
+
+    def release(self, rows: int) -> None:
+        """Give back what lies before this row."""
+        if self._room is not None:
+            self._room.release(rows)
 
 
 class PoolFeed:
@@ -65,6 +83,8 @@ class PoolFeed:
         self._shuffle = lru_cache(4)(self._make_shuffle)
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._halted = threading.Event()  # of the thread: one that ends late must not touch what follows
+        self._turn = self._first_turn = 0  # the one being read, and that of the first batch
         self._begin(0, BEGINNING)
 
     @property
@@ -88,18 +108,26 @@ class PoolFeed:
 
     def read(self, pool: Pool) -> list[Stored]:
         turn, _ = pool
-        blocks: list[list[Stored]] = [[] for _ in self.hooks]
+        blocks: list[list[dict[str, Tensor]]] = [[] for _ in self.hooks]
         with self._changed:
-            self._turn = turn
-            for passed in [t for t in self._dealt if t < turn]:
-                del self._dealt[passed]
-            self._changed.notify_all()
+            if turn != self._turn:
+                self._turn = turn
+                self._let_go()
+                self._changed.notify_all()
             for chunk in self.spread.chunks(turn):
-                begin = self._span(chunk, (turn, 0))[0]
                 start, stop = self._span(chunk, pool)
-                for of_hook, rows in zip(blocks, self._dealt[turn][chunk], strict=True):
-                    of_hook.append({name: values[start - begin : stop - begin] for name, values in rows.items()})
-        return [joined(of_hook) for of_hook in blocks]
+                for of_hook, kept in zip(blocks, self._kept[chunk], strict=True):
+                    of_hook.append({name: rows.tensor[start:stop] for name, rows in kept.items()})
+        return [joined(of_hook, as_tensors=self.device is not None) for of_hook in blocks]
+
+    def _let_go(self) -> None:
+        """Give back the memory of what was read before this turn."""
+        for chunk in list(self._kept):
+            if chunk < self.spread.chunks(self._turn)[0]:
+                del self._kept[chunk]
+                continue
+            for rows in (rows for of_hook in self._kept[chunk] for rows in of_hook.values()):
+                rows.release(self._span(chunk, (self._turn, 0))[0] if self._turn > self.spread.first_turn(chunk) else 0)
 
     def _append_pool(self) -> None:
         """Take in the next pool once all of its chunks are here. Raises what has stopped the source."""
@@ -127,7 +155,8 @@ class PoolFeed:
     @contextmanager
     def ahead(self, first: int, stop: int) -> Iterator[None]:
         self._begin(first, self._state(first))
-        self._thread = threading.Thread(target=self._run, args=(stop,), name="msae-pool", daemon=True)
+        self._halted = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(stop, self._halted), name="msae-pool", daemon=True)
         atexit.register(self.halt)
         self._thread.start()
         try:
@@ -138,7 +167,8 @@ class PoolFeed:
     def halt(self) -> None:
         """Stop making chunks, at the latest when the one in hand is made, but do not wait for that for long."""
         with self._changed:
-            self._stop = True
+            self._halted.set()
+            self._kept.clear()
             self._changed.notify_all()
         atexit.unregister(self.halt)
         if self._thread is not None:
@@ -146,10 +176,11 @@ class PoolFeed:
         if self.begun is not None:
             self.begun.close()
             self.begun = None
-        self._dealt.clear()
 
     def _is_making(self) -> bool:
-        return self._thread is not None and self._thread.is_alive() and self._error is None and not self._stop
+        return (
+            self._thread is not None and self._thread.is_alive() and self._error is None and not self._halted.is_set()
+        )
 
     def _begin(self, number: int, state: dict[str, Any]) -> None:
         """Stand before batch `number` with nothing in memory."""
@@ -162,38 +193,41 @@ class PoolFeed:
         self._sources: dict[int, dict[str, Any] | None] = {}  # the source's state before each chunk
         self._checksums: list[str] = list(state["checksums"])  # of the chunks of a pass, as far as it has come
         self._chunks: int | None = state["chunks"]  # of a pass, once it has come to its end
-        self._dealt: dict[int, dict[int, list[Stored]]] = {}  # turn → chunk → rows of each hook
+        self._kept: dict[int, list[dict[str, Kept]]] = {}  # chunk → shuffled rows of each hook
         self._error: BaseException | None = None
-        self._stop = False
 
-    def _run(self, stop: int) -> None:
+    def _run(self, stop: int, halted: threading.Event) -> None:
         """Make chunks, each when the turn before its first one is read, until the rows of `stop` batches are here."""
         first = self.spread.chunks(self._turn)[0]
-        made = self._made(first)
+        made = self._made(first, halted)
         try:
             for chunk in count(first):
                 turn = self.spread.first_turn(chunk)
                 with self._changed:
-                    self._changed.wait_for(partial(self._may_make, turn))
-                    if self._stop or (turn > self._first_turn and self._begins(turn) >= stop * self.batch_tokens):
+                    self._changed.wait_for(partial(self._may_make, turn, halted))
+                    is_enough = turn > self._first_turn and self._begins(turn) >= stop * self.batch_tokens
+                    if halted.is_set() or is_enough:
                         return
                 state, rows = next(made)
-                dealt = self._deal(chunk, rows)
+                kept = self._shuffled(chunk, rows)
                 with self._changed:
+                    if halted.is_set():
+                        return
                     self._sources[chunk], self._sizes[chunk] = state, len(rows.activations[self.hooks[0]])
-                    for turn, of_hooks in dealt.items():
-                        self._dealt.setdefault(turn, {})[chunk] = of_hooks
+                    self._kept[chunk] = kept
+                    self._let_go()
                     self._changed.notify_all()
-                del rows, dealt
+                del rows, kept
         except BaseException as error:  # raised again where the rows are waited for
             with self._changed:
-                self._error = error
-                self._changed.notify_all()
+                if not halted.is_set():
+                    self._error = error
+                    self._changed.notify_all()
         finally:
             made.close()
 
-    def _may_make(self, turn: int) -> bool:
-        return self._stop or turn <= self._turn + 1
+    def _may_make(self, turn: int, halted: threading.Event) -> bool:
+        return halted.is_set() or turn <= self._turn + 1
 
     def _begins(self, turn: int) -> int:
         """The position at which a turn begins whose chunks are here but for the last."""
@@ -201,7 +235,7 @@ class PoolFeed:
             self._append_pool()
         return self._starts[-1]
 
-    def _made(self, chunk: int) -> Generator[tuple[dict[str, Any] | None, Split], None, None]:
+    def _made(self, chunk: int, halted: threading.Event) -> Generator[tuple[dict[str, Any] | None, Split], None, None]:
         """The rows of every chunk of this rank from this one on, pass after pass, and the source's state before each.
 
         Raises ValueError in one line where a pass gives other rows than it did before.
@@ -214,7 +248,7 @@ class PoolFeed:
             begun.close()
         elif begun is not None:
             while begun.held:
-                yield None, self._checked(place, begun.held.pop(0))  # the state before these is never asked for
+                yield None, self._checked(place, begun.held.pop(0), halted)  # the state before these is never asked for
                 place += 1
             number, state, chunks = place, begun.state, begun.chunks
         elif state is not None:
@@ -222,21 +256,24 @@ class PoolFeed:
         while True:
             for each in self.source.chunks(state) if chunks is None else chunks:
                 if number % self.world == self.rank and "train" in each.splits:
-                    yield state, self._checked(place, each.splits["train"]())
+                    yield state, self._checked(place, each.splits["train"](), halted)
                     place += 1
                 state, number = each.state, number + 1
+                del each  # it knows the model
             self._end_pass(place)
             number, state, chunks, place = 0, None, None, 0
 
-    def _checked(self, place: int, rows: Split) -> Split:
-        """The same rows. Raises ValueError if they are not those that the chunk had before."""
+    def _checked(self, place: int, rows: Split, halted: threading.Event) -> Split:
+        """The same rows. Raises ValueError if they are not finite, or not those that the chunk had before."""
         digest = xxhash.xxh3_64()
         for hook in self.hooks:
-            for tensor in (rows.activations[hook], rows.scales.get(hook)):
-                if tensor is not None:
-                    digest.update(as_array(tensor.contiguous()).data)
+            sums(hook, rows)
+            for tensor in values_of(rows, hook).values():
+                digest.update(as_array(tensor.contiguous()).data)
         checksum = digest.hexdigest()
         with self._changed:
+            if halted.is_set():
+                return rows
             if place == len(self._checksums) and self._chunks is not None:
                 raise ValueError(
                     f"{self.source.name} has more than {place} chunks, where it ended before, so it gives other rows; "
@@ -263,16 +300,13 @@ class PoolFeed:
             )
         self._chunks = chunks
 
-    def _deal(self, chunk: int, rows: Split) -> dict[int, list[Stored]]:
-        """What each turn to come reads of a chunk, of every hook; shuffled first."""
-        size = len(rows.activations[self.hooks[0]])
-        order = torch.randperm(size, generator=random_stream(self.seed, "chunk", chunk))
-        first, dealt = self.spread.first_turn(chunk), {}
-        for turn in range(max(first, self._first_turn), first + self.spread.span):
-            start, _ = self.spread.rows(chunk, size, turn, 0)
-            _, stop = self.spread.rows(chunk, size, turn, self.spread.parts - 1)
-            dealt[turn] = [stored(rows, hook, order[start:stop], self.device) for hook in self.hooks]
-        return dealt
+    def _shuffled(self, chunk: int, rows: Split) -> "list[dict[str, Kept]]":
+        """A chunk's rows of every hook, in the order in which the turns read them."""
+        order = torch.randperm(len(rows.activations[self.hooks[0]]), generator=random_stream(self.seed, "chunk", chunk))
+        return [
+            {name: Kept(values, order, self.device) for name, values in values_of(rows, hook).items()}
+            for hook in self.hooks
+        ]
 
     # Going on ---------------------------------------------------------------------------------------------------------
 
@@ -280,9 +314,8 @@ class PoolFeed:
         own = self._state(number)
         if self.world == 1:
             return own
-        states: list[Any] = [own] * self.world
-        if torch.distributed.is_initialized():
-            torch.distributed.all_gather_object(states, own)
+        states: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(states, own)  # Lightning asks every rank, and writes that of the first
         return {"ranks": states}
 
     def resume(self, number: int, state: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from msae.data.harvest import GB, directory_of, is_whole, sums
-from msae.data.memory import MemoryRows
+from msae.data.memory import CAN_RELEASE, MemoryRows, give_back, settled
 from msae.data.order import Spread
 from msae.data.pool import Begun, PoolFeed
 from msae.data.rows import Feed, Rows
@@ -19,7 +19,7 @@ from msae.progress import is_other_rank, progress, say
 from msae.sources.source import Chunk, Source, Split
 
 POOL_ROWS = 32_768  # rows that are shuffled together, about
-BESIDE = 3  # chunks in memory beside those held: the one being made, its copy as it is dealt out, pools being read
+BESIDE = 5  # chunks in memory beside those held: two in the source that makes one, its shuffled copy, pools, slack
 
 
 def open_stream(
@@ -40,12 +40,17 @@ def open_stream(
     directories = {hook: directory_of(source, hook, root) for hook in hook_names}
     if all(is_whole(directory) for directory in directories.values()):
         return {hook: Shards(directory) for hook, directory in directories.items()}, None
-    stream = Stream(source, hook_names, spread_of(source, hook_names, gb), device)
+    stream = Stream(
+        source, hook_names, spread_of(source, hook_names, gb, gives_back=CAN_RELEASE and device is None), device
+    )
     return dict(stream.open(resuming, show and not is_other_rank())), stream
 
 
-def spread_of(source: Source, hook_names: list[str], gb: float) -> Spread:
-    """How many chunks `gb` GB hold. Raises ValueError in one line if it is too small or more than there is."""
+def spread_of(source: Source, hook_names: list[str], gb: float, gives_back: bool = True) -> Spread:
+    """How many chunks `gb` GB hold. Raises ValueError in one line if it is too small or more than there is.
+
+    Unless memory gives back what has been read of a chunk, all of `Spread.span` chunks are there whole.
+    """
     row = sum(source.bytes_per_row(hook) for hook in hook_names)
     most, val = source.most_rows()
     held = int((gb * GB - val * row) // (most * row)) - BESIDE
@@ -59,6 +64,7 @@ def spread_of(source: Source, hook_names: list[str], gb: float) -> Spread:
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB if hasattr(os, "sysconf") else math.inf
     if min(gb, source.expected_rows() * row / GB) > has:
         raise ValueError(f"data.memory_gb={gb:g}, this machine has {has:.1f} GB; set it to less, or harvest to disk")
+    held = held if gives_back else (held + 1) // 2
     return Spread(held, max(4, math.ceil(most / POOL_ROWS)))  # four pools, which are read ahead, are a chunk at most
 
 
@@ -88,6 +94,7 @@ class Stream:
         if coming is not None and splits["train"]:
             self.begun = Begun(splits["train"], first[-1].state, after(coming, chunks))
         statistics = {hook: statistics_of(splits["train"], hook) for hook in self.hook_names}
+        give_back()  # what the source took in this thread: another one makes the other chunks
         return {hook: StreamedRows(self, hook, splits, statistics[hook]) for hook in self.hook_names}
 
     def _made(self, chunks: list[Chunk], wanted: Sequence[str], show: bool) -> dict[str, list[Split]]:
@@ -100,8 +107,11 @@ class Stream:
         with progress(expected, f"fill from {self.source.name}", disable=not show) as bar:
             for chunk in chunks:
                 for split in (s for s in wanted if s in chunk.splits):
-                    splits[split].append(chunk.splits[split]())
-                    bar.update(len(splits[split][-1].activations[self.hook_names[0]]))
+                    rows = settled(chunk.splits[split](), self.hook_names)
+                    for hook in self.hook_names if split == "val" else []:
+                        sums(hook, rows)  # finite; those of training rows are asked for below
+                    splits[split].append(rows)
+                    bar.update(len(rows.activations[self.hook_names[0]]))
             bar.total = bar.n
         if "train" in wanted and not splits["train"]:
             raise ValueError(

@@ -123,7 +123,7 @@ def set_thresholds(name: str, sae: MatryoshkaSAE, held_out: HeldOut, most: int) 
 def held_out_of(options: Evaluate, runs: dict[str, Run], saes: dict[str, MatryoshkaSAE]) -> HeldOut:
     """The rows that are measured. Raises ValueError in one line if an SAE cannot read or reconstruct them."""
     run, sae = next(iter(runs.values())), next(iter(saes.values()))
-    rows = run.rows(sae, options.shards)
+    rows = run.rows(sae, options.shards, held_out_alone=True)
     target = run.target_rows(sae, rows, options.target_shards) if sae.is_transcoder else None
     if target is None and options.target_shards is not None:
         raise ValueError(f"target_shards={options.target_shards} is for a transcoder, which {run} is not; drop it")

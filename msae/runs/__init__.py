@@ -74,6 +74,7 @@ class Run:
         self.tensorboard = self.path / "tensorboard"
         self.hierarchy = self.path / "hierarchy"
         self.page = self.path / "report.html"
+        self._opened: Activations | None = None  # of a run that streamed its rows
 
     def __str__(self) -> str:
         return str(self.path)
@@ -149,10 +150,11 @@ class Run:
             )
         return load_any_sae(self.sae_directory if self.sae_directory.is_dir() else self.path)
 
-    def rows(self, sae: MatryoshkaSAE, shards: str | None = None) -> Rows:
+    def rows(self, sae: MatryoshkaSAE, shards: str | None = None, held_out_alone: bool = False) -> Rows:
         """The rows of these shards, or those that the SAE was trained on: from disk, else as its run streamed them.
 
-        Of a stream these are the rows of its first chunks. Raises ValueError in one line if there are none.
+        Of a stream these are the rows of its first chunks, or of these the held-out ones. Raises ValueError in one line
+        if there are none.
         """
         if shards is not None:
             return Shards(shards)
@@ -161,8 +163,8 @@ class Run:
         root = Path(str(self.setting("data.root") or "shards"))
         if re.fullmatch("[0-9a-f]{12}", name) and (found := sorted(root.glob(f"*-{name}"))):
             return Shards(found[0])
-        if self.setting("data.memory_gb") is not None and self._streamed.rows.identity_hash == name:
-            return self._streamed.rows
+        if self.setting("data.memory_gb") is not None:
+            return self._streamed(name, held_out_alone).rows
         raise ValueError(f"no shards for {self}; give shards=<a directory that python -m msae.harvest made>")
 
     def target_rows(self, sae: MatryoshkaSAE, rows: Rows, shards: str | None = None) -> Rows:
@@ -172,8 +174,8 @@ class Run:
         """
         if shards is not None:
             return Shards(shards)
-        if not isinstance(rows, Shards) and self._streamed.target is not None:
-            return self._streamed.target
+        if not isinstance(rows, Shards) and self._opened is not None and self._opened.target is not None:
+            return self._opened.target
         name = identity_hash({**rows.identity, "hook_name": sae.metadata.get("hook_name_out")})
         if isinstance(rows, Shards) and (found := sorted(rows.directory.parent.glob(f"*-{name}"))):
             return Shards(found[0])
@@ -182,8 +184,7 @@ class Run:
             "give target_shards=<the directory of that hook>"
         )
 
-    @cached_property
-    def _streamed(self) -> Activations:
+    def _streamed(self, identity: str, held_out_alone: bool) -> Activations:
         """The rows of the first chunks that the run streamed, made again. Raises ValueError in one line."""
         source = str(self.setting("data.source._target_"))
         if not re.fullmatch(r"msae\.sources\.\w+\.\w+Source", source):  # the run may come from elsewhere
@@ -191,9 +192,15 @@ class Run:
                 f"{self} streamed its rows from {source}, which a run's word is not enough to call; harvest them with "
                 "python -m msae.harvest and give shards=<the directory>"
             )
-        activations = Activations(decode(Data, self.config["data"], "data"))
-        activations.close()
-        return activations
+        data = decode(Data, self.config["data"], "data")
+        if identity_hash(data.source.identity(data.hook)) != identity:
+            raise ValueError(
+                f"the text or the model that {self} streamed its rows from has changed since; "
+                "give shards=<a directory that python -m msae.harvest made>"
+            )
+        self._opened = Activations(data, resuming=held_out_alone)
+        self._opened.close()
+        return self._opened
 
     # --- writing ------------------------------------------------------------------------------------------------------
 

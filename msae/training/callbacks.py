@@ -31,6 +31,7 @@ class SaveWhenStopping(L.Callback):
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self._received = 0
+        self.stopped: Interrupted | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -52,7 +53,8 @@ class SaveWhenStopping(L.Callback):
             received = signal.SIGTERM if trainer.strategy.reduce_boolean_decision(bool(received), all=False) else 0
         if received:
             trainer.save_checkpoint(self.checkpoint)
-            raise Interrupted(received, trainer.global_step, self.checkpoint)
+            self.stopped = Interrupted(received, trainer.global_step, self.checkpoint)
+            raise self.stopped
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.save_checkpoint(self.checkpoint)  # ModelCheckpoint saves on multiples alone

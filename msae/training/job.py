@@ -27,7 +27,7 @@ from msae.sae import MatryoshkaSAE, fold_decoder_norm, load_sae, save_sae
 from msae.sae.fast import triton
 from msae.settings import as_plain, build, changed, check_target, flat
 from msae.sources.language_model import LanguageModelSource
-from msae.training.callbacks import Interrupted, PrefixCharts, SaveWhenStopping, TokenProgress
+from msae.training.callbacks import PrefixCharts, SaveWhenStopping, TokenProgress
 from msae.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks, find_checkpoint, run_of
 from msae.training.memory import keep_freed_memory
 from msae.training.module import MatryoshkaTraining
@@ -172,7 +172,12 @@ def fit(
     path = str(checkpoint) if checkpoint else None
     try:
         trainer.fit(module, datamodule=ActivationData(activations), ckpt_path=path, weights_only=True)
-    except Interrupted as stop:
+    except BaseException as error:
+        stop = next(callback.stopped for callback in trainer.callbacks if isinstance(callback, SaveWhenStopping))
+        if stop is None:
+            raise
+        if error is not stop:  # Lightning and loggers put things away on the way here
+            say(f"while stopping: {type(error).__name__}: {error}")
         say(f"{stop}\nresume with the same command and run_dir={run} ckpt_path=last")
         raise SystemExit(stop.exit_code) from None
     module.to(trainer.strategy.root_device)  # Lightning moved it to the CPU
