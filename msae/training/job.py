@@ -173,7 +173,8 @@ def fit(
     try:
         trainer.fit(module, datamodule=ActivationData(activations), ckpt_path=path, weights_only=True)
     except BaseException as error:
-        stop = next(callback.stopped for callback in trainer.callbacks if isinstance(callback, SaveWhenStopping))
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        stop = next(callback.stopped for callback in callbacks if isinstance(callback, SaveWhenStopping))
         if stop is None:
             raise
         if error is not stop:  # Lightning and loggers put things away on the way here
