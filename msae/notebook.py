@@ -28,11 +28,11 @@ from msae.training.settings import Recipe, Train
 
 @dataclass
 class Trained:
-    """A finished run: its directory, its figures on held-out rows, and the rows that it was trained on."""
+    """A finished run: its directory, its figures on held-out rows, and what it was trained on."""
 
     run: Run
     metrics: dict[str, float]
-    rows: Rows
+    source: TensorSource
 
     @property
     def sae(self) -> MatryoshkaSAE:
@@ -45,7 +45,7 @@ class Trained:
 
     def explore(self, **settings: Any) -> Path:
         """Look for the hierarchy and write the page (docs/explore.md; `settings` as `python -m msae.explore` has)."""
-        return explore(decode(Explore, {"run": str(self.run), **settings}, "explore"), self.rows)
+        return explore(decode(Explore, {"run": str(self.run), **settings}, "explore"), rows_of(self.source))
 
 
 def train(
@@ -85,7 +85,7 @@ def train(
     config = {"name": name, "tokens": plan.tokens, "seed": seed, "model": as_plain(recipe), "trainer": plan.trainer}
     config["data"] = {"batch_tokens": batch_tokens, "source": source.identity(data.hook)}
     run, metrics, _ = job.train(plan, [], {"": recipe}, config)
-    return Trained(run, metrics.get("", {}), rows_of(source))  # another rank has no figures
+    return Trained(run, metrics.get("", {}), source)  # another rank has no figures
 
 
 def rows_of(source: TensorSource) -> Rows:

@@ -581,9 +581,12 @@ def test_a_whole_harvest_is_used(opened, tmp_path) -> None:
     [
         ({"exhausted": "stop", "memory_gb": 1}, "data.exhausted=stop needs the number of rows before training"),
         ({"memory_device": "cuda"}, "data.memory_device=cuda is of rows in memory; give data.memory_gb too"),
+        ({"memory_device": "cuda", "memory_gb": 1}, "data.memory_device=cuda, but PyTorch sees no GPU"),
+        ({"memory_device": "tpu", "memory_gb": 1}, "data.memory_device=tpu"),
     ],
 )
-def test_settings_that_do_not_go_together_are_one_line(settings, message) -> None:
+def test_settings_that_do_not_go_together_are_one_line(settings, message, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     source = {"_target_": "msae.sources.forest.ForestSource"}
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}"):
         decode(Data, {"source": source, **settings}, "data")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, WithJsonSchema
 
 from msae.data.harvest import harvest
@@ -42,8 +43,8 @@ class Data:
     """Refuse a harvest that needs more disk; null: no limit."""
     memory_gb: Positive | None = None
     """Keep rows in memory alone, made while training reads them, in so many GB of each process; null: on disk."""
-    memory_device: str | None = None
-    """Where rows wait that do not all fit, such as cuda; null: host memory, where those that all fit stay."""
+    memory_device: Literal["cuda"] | None = None
+    """Where rows wait that do not all fit, cuda; null: host memory, where those that all fit stay."""
     val_rows: Count | None = None
     """Held-out rows that validation reads; null: all."""
     prefetch: Count = 4
@@ -68,6 +69,8 @@ class Data:
             )
         if self.memory_device is not None and self.memory_gb is None:
             raise ValueError(f"data.memory_device={self.memory_device} is of rows in memory; give data.memory_gb too")
+        if self.memory_device is not None and not torch.cuda.is_available():
+            raise ValueError(f"data.memory_device={self.memory_device}, but PyTorch sees no GPU; drop it")
 
     def identify(self) -> None:
         """Compute the source's identity, which needs its model and text. Raises ValueError in one line."""

@@ -270,13 +270,16 @@ def sums(hook_name: str, rows: Split) -> tuple[Tensor, float]:
     return total, square
 
 
+def without_training_rows(source: Source) -> ValueError:
+    """The error of a source that gave none."""
+    return ValueError(f"the source {source.name} gave no training rows; give it more text or raise {source.budget_key}")
+
+
 def make_manifest(source: Source, hook_name: str, records: list[Record], truth: FileEntry | None) -> Manifest:
     """The manifest of these chunks. Raises ValueError if they have no training row."""
     rows = sum(record.rows("train") for record in records)
     if rows == 0:
-        raise ValueError(
-            f"the source {source.name} gave no training rows; give it more text or raise {source.budget_key}"
-        )
+        raise without_training_rows(source)
     dtype, d_in = next((r.dtype, r.d_in) for r in records if r.dtype is not None and r.d_in is not None)
     columns = zip(*(record.sum for record in records if record.sum is not None), strict=True)
     identity = source.identity(hook_name)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msae.data.harvest import directory_of
 from msae.data.rows import Rows, Stored, as_array
 from msae.data.shards import identity_hash
 from msae.sources.int8 import dequantise
@@ -30,7 +31,7 @@ class MemoryRows(Rows):
         self.hook_name, self.splits, self.truth = hook_name, splits, source.truth()
         self.identity, self.provenance = source.identity(hook_name), source.provenance()
         self.identity_hash = identity_hash(self.identity)
-        self.name = f"{source.name}-{hook_name}-{self.identity_hash}"
+        self.name = directory_of(source, hook_name, "").name
         made = [*splits["train"], *splits["val"]]
         if not made:
             raise ValueError(f"{source.name} holds out no rows; raise data.source.val_fraction or give more text")
@@ -65,8 +66,8 @@ class MemoryRows(Rows):
         return self.splits[split][piece].index
 
 
-class Room:
-    """A tensor in memory that goes back to the system with it, its first rows sooner (`release`, on Linux).
+class MappedTensor:
+    """A tensor in an anonymous memory map: gone with it, and its first rows sooner (`release`, on Linux).
 
     What malloc hands out it may keep when it is freed, and training tells it to (`msae.training.memory`).
     """
@@ -85,20 +86,20 @@ class Room:
             self._map.madvise(mmap.MADV_DONTNEED, 0, pages * mmap.PAGESIZE)
 
 
-def give_back() -> None:
+def trim_malloc() -> None:
     """Hand memory that was freed back to the system (glibc; elsewhere nothing happens)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if CAN_RELEASE else None
     if trim is not None:
         trim(0)
 
 
-def settled(rows: Split, hook_names: list[str]) -> Split:
-    """The same rows of these hooks in rooms of their own."""
+def in_mapped_memory(rows: Split, hook_names: list[str]) -> Split:
+    """The same rows of these hooks, in mapped memory."""
 
     def copied(tensor: Tensor) -> Tensor:
-        room = Room(tensor.shape, tensor.dtype)
-        np.copyto(as_array(room.tensor), as_array(tensor))
-        return room.tensor
+        mapped = MappedTensor(tensor.shape, tensor.dtype).tensor
+        np.copyto(as_array(mapped), as_array(tensor))
+        return mapped
 
     activations = {hook: copied(rows.activations[hook]) for hook in hook_names}
     return Split(
@@ -120,6 +121,6 @@ def joined(blocks: Sequence[Mapping[str, Tensor]], as_tensors: bool = False) -> 
         if as_tensors:
             together[name] = torch.cat(parts)
             continue
-        room = Room((sum(map(len, parts)), *first.shape[1:]), first.dtype)
-        together[name] = np.concatenate([as_array(part) for part in parts], out=as_array(room.tensor))
+        mapped = MappedTensor((sum(map(len, parts)), *first.shape[1:]), first.dtype).tensor
+        together[name] = np.concatenate([as_array(part) for part in parts], out=as_array(mapped))
     return together

@@ -20,7 +20,7 @@ import xxhash
 from torch import Tensor
 
 from msae.data.harvest import sums
-from msae.data.memory import Room, joined, values_of
+from msae.data.memory import MappedTensor, joined, values_of
 from msae.data.order import Pool, Spread
 from msae.data.rows import Stored, as_array
 from msae.seeds import stream as random_stream
@@ -30,7 +30,7 @@ BEGINNING: dict[str, Any] = {"turn": 0, "part": 0, "row": 0, "source": None, "ch
 
 
 @dataclass
-class Begun:
+class OpenPass:
     """The training rows of a source's first chunks, the state after them, and the chunks to come of that open pass."""
 
     held: list[Split]
@@ -46,17 +46,17 @@ class Kept:
     """Shuffled rows: in host memory, or on a device, which gives nothing back before all of them are read."""
 
     def __init__(self, values: Tensor, order: Tensor, device: str | None) -> None:
-        self._room = Room(values.shape, values.dtype) if device is None else None
-        if self._room is None:
+        self._mapped = MappedTensor(values.shape, values.dtype) if device is None else None
+        if self._mapped is None:
             self.tensor = values.index_select(0, order).to(device)
         else:
-            self.tensor = self._room.tensor
+            self.tensor = self._mapped.tensor
             as_array(values).take(order.numpy(), axis=0, out=as_array(self.tensor), mode="clip")
 
     def release(self, rows: int) -> None:
         """Give back what lies before this row."""
-        if self._room is not None:
-            self._room.release(rows)
+        if self._mapped is not None:
+            self._mapped.release(rows)
 
 
 class PoolFeed:
@@ -71,14 +71,14 @@ class PoolFeed:
         source: Source,
         hooks: list[str],
         spread: Spread,
-        begun: Begun | None,
+        open_pass: OpenPass | None,
         device: str | None,
         batch_tokens: int,
         seed: int,
         rank: int,
         world: int,
     ) -> None:
-        self.source, self.hooks, self.spread, self.begun, self.device = source, hooks, spread, begun, device
+        self.source, self.hooks, self.spread, self.open_pass, self.device = source, hooks, spread, open_pass, device
         self.batch_tokens, self.seed, self.rank, self.world = batch_tokens, seed, rank, world
         self._shuffle = lru_cache(4)(self._make_shuffle)
         self._changed = threading.Condition()
@@ -173,9 +173,9 @@ class PoolFeed:
         atexit.unregister(self.halt)
         if self._thread is not None:
             self._thread.join(10)
-        if self.begun is not None:
-            self.begun.close()
-            self.begun = None
+        if self.open_pass is not None:
+            self.open_pass.close()
+            self.open_pass = None
 
     def _is_making(self) -> bool:
         return (
@@ -242,15 +242,18 @@ class PoolFeed:
         """
         number, state, chunks = 0, self._at[1]["source"], None
         place = chunk if self._chunks is None else chunk % self._chunks  # in the pass
-        begun, self.begun = self.begun, None
-        if begun is not None and chunk > 0:
-            begun.held.clear()
-            begun.close()
-        elif begun is not None:
-            while begun.held:
-                yield None, self._checked(place, begun.held.pop(0), halted)  # the state before these is never asked for
+        open_pass, self.open_pass = self.open_pass, None
+        if open_pass is not None and chunk > 0:
+            open_pass.held.clear()
+            open_pass.close()
+        elif open_pass is not None:
+            while open_pass.held:
+                yield (
+                    None,
+                    self._checked(place, open_pass.held.pop(0), halted),
+                )  # the state before these is never asked for
                 place += 1
-            number, state, chunks = place, begun.state, begun.chunks
+            number, state, chunks = place, open_pass.state, open_pass.chunks
         elif state is not None:
             number = self.rank  # modulo world: the state is that before a chunk of this rank
         while True:

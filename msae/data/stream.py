@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from msae.data.harvest import GB, directory_of, is_whole, sums
-from msae.data.memory import CAN_RELEASE, MemoryRows, give_back, settled
+from msae.data.harvest import GB, directory_of, is_whole, sums, without_training_rows
+from msae.data.memory import CAN_RELEASE, MemoryRows, in_mapped_memory, trim_malloc
 from msae.data.order import Spread
-from msae.data.pool import Begun, PoolFeed
+from msae.data.pool import OpenPass, PoolFeed
 from msae.data.rows import Feed, Rows
 from msae.data.shards import Shards
 from msae.progress import is_other_rank, progress, say
@@ -39,6 +39,8 @@ def open_stream(
     """
     directories = {hook: directory_of(source, hook, root) for hook in hook_names}
     if all(is_whole(directory) for directory in directories.values()):
+        if show and not is_other_rank():
+            say(f"memory: not used, all rows are in {' and '.join(map(str, directories.values()))}")
         return {hook: Shards(directory) for hook, directory in directories.items()}, None
     stream = Stream(
         source, hook_names, spread_of(source, hook_names, gb, gives_back=CAN_RELEASE and device is None), device
@@ -81,7 +83,7 @@ class Stream:
     def __init__(self, source: Source, hook_names: list[str], spread: Spread, device: str | None) -> None:
         self.source, self.hook_names, self.spread, self.device = source, hook_names, spread, device
         self.feed: PoolFeed | None = None
-        self.begun: Begun | None = None
+        self.open_pass: OpenPass | None = None
         self.is_whole = False
 
     def open(self, resuming: bool, show: bool) -> "dict[str, StreamedRows]":
@@ -92,9 +94,9 @@ class Stream:
         self.is_whole = coming is None
         splits = self._made(first, ("val",) if resuming and not self.is_whole else ("train", "val"), show)
         if coming is not None and splits["train"]:
-            self.begun = Begun(splits["train"], first[-1].state, after(coming, chunks))
+            self.open_pass = OpenPass(splits["train"], first[-1].state, chained(coming, chunks))
         statistics = {hook: statistics_of(splits["train"], hook) for hook in self.hook_names}
-        give_back()  # what the source took in this thread: another one makes the other chunks
+        trim_malloc()  # what the source took in this thread: another one makes the other chunks
         return {hook: StreamedRows(self, hook, splits, statistics[hook]) for hook in self.hook_names}
 
     def _made(self, chunks: list[Chunk], wanted: Sequence[str], show: bool) -> dict[str, list[Split]]:
@@ -103,29 +105,26 @@ class Stream:
         most, val = self.source.most_rows()
         expected = min(self.source.expected_rows(), len(chunks) * most + val) if "train" in wanted else val
         if show and not self.is_whole:
-            say(f"memory: {len(chunks)} chunks of up to {most:,} rows; rows mix over {self.spread.span} chunks")
+            say(f"memory: holds {len(chunks)} × up to {most:,} rows, which mix over {self.spread.span} × as many")
         with progress(expected, f"fill from {self.source.name}", disable=not show) as bar:
             for chunk in chunks:
                 for split in (s for s in wanted if s in chunk.splits):
-                    rows = settled(chunk.splits[split](), self.hook_names)
+                    rows = in_mapped_memory(chunk.splits[split](), self.hook_names)
                     for hook in self.hook_names if split == "val" else []:
                         sums(hook, rows)  # finite; those of training rows are asked for below
                     splits[split].append(rows)
                     bar.update(len(rows.activations[self.hook_names[0]]))
             bar.total = bar.n
         if "train" in wanted and not splits["train"]:
-            raise ValueError(
-                f"the source {self.source.name} gave no training rows; give it more text or raise "
-                f"{self.source.budget_key}"
-            )
+            raise without_training_rows(self.source)
         return splits
 
     def close(self) -> None:
         """Stop making chunks, and let the source's model go."""
         if self.feed is not None:
             self.feed.halt()
-        if self.begun is not None:
-            self.begun.close()
+        if self.open_pass is not None:
+            self.open_pass.close()
 
 
 class StreamedRows(MemoryRows):
@@ -144,16 +143,16 @@ class StreamedRows(MemoryRows):
             return super().feed(sides, batch_tokens, seed, rank, world)
         device = f"cuda:{torch.cuda.current_device()}" if stream.device == "cuda" else stream.device
         hooks = [side.hook_name for side in sides]
-        begun, stream.begun = stream.begun, None
-        if begun is not None and world > 1:  # they are of all ranks
-            begun.held.clear()
-            begun.close()
-            begun = None
-        stream.feed = PoolFeed(stream.source, hooks, stream.spread, begun, device, batch_tokens, seed, rank, world)
+        open_pass, stream.open_pass = stream.open_pass, None
+        if open_pass is not None and world > 1:  # they are of all ranks
+            open_pass.held.clear()
+            open_pass.close()
+            open_pass = None
+        stream.feed = PoolFeed(stream.source, hooks, stream.spread, open_pass, device, batch_tokens, seed, rank, world)
         return stream.feed
 
 
-def after(first: Chunk, rest: Iterator[Chunk]) -> Generator[Chunk, None, None]:
+def chained(first: Chunk, rest: Iterator[Chunk]) -> Generator[Chunk, None, None]:
     """The first and the rest, which ends with this generator."""
     try:
         yield first
