@@ -1,5 +1,6 @@
 """Rows in memory alone: every row once a pass within the budget, exact after any end, or refused in one line."""
 
+import gc
 import json
 import re
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -372,6 +374,12 @@ def test_what_was_streamed_is_evaluated_and_explored_without_a_shard(call) -> No
     assert Path("run/report.html").is_file()
     assert not Path("shards").exists()
     config = Path("run/config.yaml")
+    text = config.read_text()
+    config.write_text(text.replace("rows: 8000", "rows: 7999"))
+    code, _, err = call(evaluate, "sae=run")
+    assert code == 1
+    assert re.search("that run streamed its rows from has changed since; give shards=", one_line(err))
+    config.write_text(text)
     config.write_text(config.read_text().replace("msae.sources.forest.ForestSource", "os.mkdir"))
     code, _, err = call(evaluate, "sae=run")
     assert code == 1
@@ -548,23 +556,33 @@ def test_a_row_that_is_not_finite_is_one_line_wherever_it_comes(opened, split, m
 
 
 def test_a_thread_that_ends_late_touches_nothing(opened, monkeypatch) -> None:
-    """A chunk takes longer than `halt` waits; the next iteration has its own rows."""
+    """A chunk takes longer than `halt` waits: its rows are not kept, and the next iteration has its own."""
     whole = list(TrainBatches(opened()["hook"], 32, 60, 0))
-    source = Rows()
-    batches = TrainBatches(opened(source)["hook"], 32, 60, 0)
-    join = threading.Thread.join
+    batches = TrainBatches(opened()["hook"], 32, 60, 0)
+    begun, go_on, rows_of, join = threading.Event(), threading.Event(), Rows.rows_of, threading.Thread.join
+
+    def slow(self: Rows, number: int, rows: Tensor) -> Split:
+        if number == 10 and rows[0] > 0 and not begun.is_set():  # ahead of the 24 batches that are asked for
+            begun.set()
+            assert go_on.wait(30)
+        return rows_of(self, number, rows)
+
+    monkeypatch.setattr(Rows, "rows_of", slow)
     monkeypatch.setattr(
-        threading.Thread, "join", lambda self, timeout=None: join(self, 0 if timeout == 10 else timeout)
+        threading.Thread, "join", lambda self, seconds=None: join(self, 0 if seconds == 10 else seconds)
     )
     iterator = iter(batches)
     got = list(islice(iterator, 20))
-    source.pause = 0.3
+    assert begun.wait(30)
+    late = batches.feed._thread
     iterator.close()
-    source.pause = 0
-    got += list(batches)
-    assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True))
+    assert late.is_alive()
+    go_on.set()
+    join(late, 30)
+    assert not late.is_alive()
+    assert batches.feed._kept == {}
     monkeypatch.undo()
-    time.sleep(0.4)
+    assert all(torch.equal(a, b) for a, b in zip([*got, *batches], whole, strict=True))
 
 
 def test_a_whole_harvest_is_used(opened, tmp_path) -> None:
@@ -633,3 +651,21 @@ def test_a_language_model_is_streamed_and_resumed(language_model, tmp_path, stop
     for a, b in zip([*got, *again], whole, strict=True):
         assert torch.equal(a, b)
     assert not list(tmp_path.iterdir())
+
+
+def test_one_language_model_at_a_time_is_loaded(language_model, tmp_path, monkeypatch) -> None:
+    """Also where a pass follows another."""
+    load, loaded, alive = LanguageModelSource.load_model, [], []
+
+    def counting(self: LanguageModelSource, *given: Any) -> Any:
+        gc.collect()
+        alive.append(sum(bridge() is not None for bridge in loaded))
+        loaded.append(weakref.ref(bridge := load(self, *given)))
+        return bridge
+
+    monkeypatch.setattr(LanguageModelSource, "load_model", counting)
+    source = LanguageModelSource(**language_model)
+    rows, _ = open_stream(source, source.hook_names, tmp_path, 0.0003, show=False)
+    list(TrainBatches(rows[source.hook_names[0]], 64, 150, 0))  # of 3000 rows
+    assert len(alive) >= 3
+    assert set(alive) == {0}
