@@ -11,12 +11,14 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+from tests.device import DEVICE
+
 # is_pep484_tower: an int is a float. Before anything imports these modules.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook(["msae.sae", "msae.evaluation"], CHECKER)
 torch.set_num_threads(1)
 torch.set_warn_always(True)
-if not torch.cuda.is_available():
+if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's functions on a CPU
 
 

@@ -10,6 +10,7 @@ from msae.sae import DictionaryAdam, MatryoshkaSAE
 from msae.sae.fast import KERNELS as FAST
 from msae.sae.fast import compiled
 from msae.sae.fast.adam import Adam
+from tests.device import device_of
 from tests.test_sparse import KERNELS
 
 each = pytest.mark.parametrize("kernels", KERNELS)
@@ -20,7 +21,7 @@ def example(kernels: str = "auto", sparsity: str = "batch_topk") -> MatryoshkaSA
     sae.kernels = kernels
     with torch.no_grad():
         sae.W_enc.add_(0.1 * torch.randn(37, 50, generator=torch.Generator().manual_seed(1)))
-    return sae
+    return sae.to(device_of(kernels))
 
 
 def give_gradients(sae: MatryoshkaSAE, seed: int, size: float = 1.0) -> None:
@@ -60,20 +61,22 @@ def test_every_step_is_that_of_the_recipe(decoder, clip, kernels) -> None:
         norm = plainly(reference, adam, decoder, clip)
         assert float(optimizer.grad_norm) == pytest.approx(norm, rel=1e-6)
         for (name, actual), expected in zip(sae.named_parameters(), reference.parameters(), strict=True):
-            assert_close(actual, expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name, s=step: f"step {s}, {n}: {m}")
+            assert_close(
+                actual.cpu(), expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name, s=step: f"step {s}, {n}: {m}"
+            )
             for key in ("exp_avg", "exp_avg_sq"):
                 average = adam.state[expected][key]
                 atol = 1e-6 * float(average.abs().max())
-                assert_close(optimizer.state[actual][key], average, rtol=1e-5, atol=atol)
+                assert_close(optimizer.state[actual][key].cpu(), average, rtol=1e-5, atol=atol)
     if decoder == "unit_norm":
-        assert_close(sae.W_dec.detach().norm(dim=1), torch.ones(50), rtol=0, atol=1e-6)
+        assert_close(sae.W_dec.detach().norm(dim=1).cpu(), torch.ones(50), rtol=0, atol=1e-6)
 
 
 @each
 @pytest.mark.parametrize("before", ["the same kernels", "plain"])
 def test_its_state_goes_on_from_where_it_was(before, kernels) -> None:
     """Also from averages that lie in memory the other way round, as in checkpoints of a contiguous W_enc."""
-    sae = example("plain" if before == "plain" else kernels)
+    sae = example("plain" if before == "plain" else kernels).to(device_of(kernels))
     optimizer = DictionaryAdam(sae, 1e-2)
     for step in range(3):
         give_gradients(sae, step)

@@ -11,6 +11,7 @@ from msae.sae import AuxK, DenseCode, MatryoshkaSAE, Objective, encode_for_train
 from msae.sae.fast import KERNELS as FAST
 from msae.sae.fast import plain, triton
 from msae.sae.fast.code import TrainingCode, sparse_encode
+from tests.device import device_of
 from tests.test_variants import Example, variants
 
 NO_TRITON = pytest.mark.skipif(triton.library() is None, reason="triton is not installed")
@@ -60,7 +61,7 @@ def assert_same_step(sae: MatryoshkaSAE, x: Tensor, kernels: str, objective=DEFA
 
 
 def some_dead(sae: MatryoshkaSAE) -> Tensor:
-    return torch.rand(sae.d_sae, generator=torch.Generator().manual_seed(1)) < 0.1
+    return (torch.rand(sae.d_sae, generator=torch.Generator().manual_seed(1)) < 0.1).to(sae.W_enc.device)
 
 
 @every_kernel
@@ -70,11 +71,13 @@ def test_every_variant_has_the_loss_and_gradients_of_the_dense_step(name, kernel
     if example.widths == "every":
         pytest.skip("every prefix at once has no sparse step")
     dtype = torch.float64 if kernels == "plain" else torch.float32
-    sae, x = example.sae.to(dtype), example.x.to(dtype)
+    place = {"dtype": dtype, "device": device_of(kernels)}
+    sae, x = example.sae.to(**place), example.x.to(**place)
     if sparse_encode(sae, x, kernels) is None:
         assert sae.sparsity.name == "halves"  # it has no sparse path
         return
-    options = {"prefixes": example.widths, "sparsity_weight": 0.2, "dead": example.dead, "target": example.y.to(dtype)}
+    options = {"prefixes": example.widths, "sparsity_weight": 0.2}
+    options |= {"dead": example.dead.to(place["device"]), "target": example.y.to(**place)}
     code, grads = assert_same_step(sae, x, kernels, example.objective, **options)
     assert all(gradient.abs().max() > 0 for gradient in grads.values())
     assert torch.equal(code.fired(), (code.dense() > 0).sum(0))
@@ -101,7 +104,7 @@ def tall(
         sae.b_enc.add_(0.02 * torch.randn(d_sae, generator=generator))
         sae.W_enc.add_(0.02 * torch.randn(d_in, d_sae, generator=generator))
         sae.W_dec.mul_(torch.rand(d_sae, 1, generator=generator) + 0.5)
-    return sae, x
+    return sae.to(device_of(kernels)), x.to(device_of(kernels))
 
 
 BOTH, WIDE = (False, True), {"n": 150, "d_in": 300}  # wider than what stays in registers

@@ -1,6 +1,8 @@
 """Triton's functions: in its interpreter the same as `Plain`, for GPUs compiled and within their shared memory."""
 
 import sys
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,22 +11,27 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import msae.sae.fast.code
-from msae.sae import DictionaryAdam, choose_kernels, matryoshka_loss
+from msae.sae import DictionaryAdam, choose_kernels, matryoshka_loss, permute
+from msae.sae.auxk import Dead
 from msae.sae.fast import KERNELS, triton
 from msae.sae.fast.code import sparse_encode
 from msae.sae.fast.plain import Moments, Rates
+from tests.device import DEVICE
 from tests.test_compiled import run
-from tests.test_sparse import NO_TRITON, gradients, tall
+from tests.test_sparse import NO_TRITON, assert_same_gradients, gradients, some_dead, tall
 
 pytestmark = NO_TRITON
 TRITON = KERNELS["triton"]
+PRODUCT = triton.Triton(product=True)
+both_encoders = pytest.mark.parametrize("kernels", [TRITON, PRODUCT], ids=["one kernel", "product"])
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch) -> None:
     """So that small shapes have several of everything."""
     tile = {"ROWS": 16, "LATENTS": 32, "DEPTH": 16, "num_warps": 4, "num_stages": 1}
-    for name, value in {"TILES": dict.fromkeys(triton.TILES, tile), "COLUMNS": 32, "AT_ONCE": 4, "CHUNK": 512}.items():
+    sizes = {"COLUMNS": 32, "AT_ONCE": 4, "CHUNK": 512, "STRETCH": 16, "PRODUCT": 8 * 33}
+    for name, value in {"TILES": dict.fromkeys(triton.TILES, tile), **sizes}.items():
         monkeypatch.setattr(triton, name, value)
     monkeypatch.setattr(msae.sae.fast.code, "DENSEST", 1.0)
 
@@ -33,7 +40,7 @@ def whole_numbers(rows: int, d_in: int, d_sae: int) -> tuple[Tensor, Tensor, Ten
     """h, W, b whose products float32 has exactly, also from bfloat16."""
     generator = torch.Generator().manual_seed(rows)
     shapes = ((rows, d_in), (d_sae, d_in), (d_sae,))
-    h, W, b = (torch.randint(-4, 5, shape, generator=generator).float() for shape in shapes)
+    h, W, b = (torch.randint(-4, 5, shape, generator=generator).float().to(DEVICE) for shape in shapes)
     return h, W, b
 
 
@@ -42,31 +49,41 @@ def whole_numbers(rows: int, d_in: int, d_sae: int) -> tuple[Tensor, Tensor, Ten
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (16, 16, 32), (17, 5, 33), (33, 37, 40)])
-def test_what_exceeds_its_bar_is_found(shape, dtype) -> None:
+@both_encoders
+def test_what_exceeds_its_bar_is_found(kernels, shape, dtype) -> None:
     """Many values are equal to their bars: these do not exceed them. Also with less room than expected at first."""
     h, W, b = whole_numbers(*shape)
     pre = h @ W.T + b
     for bar in (b - 5.0, b, b + 1.0, torch.full_like(b, -1e9)):
-        flat, values = TRITON.survivors(h.to(dtype), W.to(dtype), b, bar)
-        flat, order = flat.sort()
+        flat, values = kernels.survivors(h.to(dtype), W.to(dtype), b, bar, torch.tensor(False, device=DEVICE))
         assert torch.equal(flat, (pre > bar).flatten().nonzero().squeeze(1))
-        assert torch.equal(values[order], pre.flatten()[flat])
+        assert torch.equal(values, pre.flatten()[flat])
+        assert kernels.survivors(h.to(dtype), W.to(dtype), b, bar, torch.tensor(True, device=DEVICE)) is None
 
 
 def test_products_of_bfloat16_are_added_up_in_float32() -> None:
-    h, W = torch.ones(16, 512, dtype=torch.bfloat16), torch.ones(32, 512, dtype=torch.bfloat16)
+    h, W = (torch.ones(rows, 512, dtype=torch.bfloat16, device=DEVICE) for rows in (16, 32))
+    zeros = torch.zeros(32, device=DEVICE)
     h[:, 0] = 1024.0  # after which bfloat16 would not count on
-    _, values = TRITON.survivors(h, W, torch.zeros(32), torch.zeros(32))
-    assert torch.equal(values, torch.full((512,), 1535.0))
+    for kernels in (TRITON, PRODUCT):
+        _, values = kernels.survivors(h, W, zeros, zeros)
+        assert torch.equal(values.cpu(), torch.full((512,), 1535.0))
 
 
-def test_nothing_is_written_beyond_the_room_and_all_are_counted() -> None:
+@pytest.mark.parametrize("encoder", ["one kernel", "product"])
+def test_nothing_is_written_beyond_the_room_and_all_are_counted(encoder) -> None:
     h, W, b = whole_numbers(40, 37, 70)
     pre, bar, capacity = (h @ W.T + b).flatten(), b + 8.0, 100
     expected = (pre > bar.repeat(40)).nonzero().squeeze(1)
-    flat, values, count = torch.full((3000,), -1), torch.full((3000,), -1.0), torch.zeros((), dtype=torch.int64)
-    arguments = (h, W, b, bar, flat, values, count, 40, 70, 37, capacity)
-    triton.library().survivors[3 * 3,](*arguments, PRECISION="ieee", **triton.TILES[h.dtype])
+    flat, values = (torch.full((3000,), fill, device=DEVICE) for fill in (-1, -1.0))
+    count = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    if encoder == "product":
+        for row in (0, 16):
+            part = (h @ W.T)[row : row + (16 if row == 0 else 24)]
+            triton.library().screen[len(part), 3](part, b, bar, flat, values, count, row, 70, capacity, LATENTS=32)
+    else:
+        arguments = (h, W, b, bar, flat, values, count, 40, 70, capacity)
+        triton.library().survivors[3 * 3,](*arguments, D=37, PRECISION="ieee", **triton.TILES[h.dtype])
     assert int(count) == len(expected) > capacity
     assert torch.isin(flat[:capacity], expected).all()
     assert len(flat[:capacity].unique()) == capacity
@@ -78,7 +95,7 @@ def test_nothing_is_written_beyond_the_room_and_all_are_counted() -> None:
 @pytest.mark.parametrize("scaled", [False, True])
 def test_of_equal_values_the_first_are_kept_however_the_buffer_is_ordered(scaled, monkeypatch) -> None:
     h, W, b = whole_numbers(20, 5, 33)
-    norm = 1 + torch.arange(33.0) % 2 if scaled else None
+    norm = 1 + torch.arange(33.0, device=DEVICE) % 2 if scaled else None
     ranked = (h @ W.T + b) * (1.0 if norm is None else norm)
     kept = ranked.flatten().argsort(descending=True, stable=True)[:50]
     bar = ranked.flatten()[kept[-1]]
@@ -87,17 +104,19 @@ def test_of_equal_values_the_first_are_kept_however_the_buffer_is_ordered(scaled
 
     def shuffled(*arguments):
         flat, values, count = filtered(*arguments)
-        order = torch.randperm(len(flat))
+        order = torch.randperm(len(flat), device=DEVICE)
         return flat[order], values[order], count
 
     monkeypatch.setattr(triton, "filtered", shuffled)
     passing = int((ranked > bar - 1.5).sum())
+    kept = kept.sort().values
     for count, capacity, enough in ((50, 600, True), (50, passing, True), (50, passing - 1, False)):
-        flat, u, is_enough = TRITON.largest(h, W, b, bar - 1.5, norm, count, capacity)
-        assert bool(is_enough) == enough
-        if enough:
-            assert torch.equal(flat, kept)
-            assert torch.equal(u, (h @ W.T + b).flatten()[kept])
+        for kernels in (TRITON, PRODUCT):
+            flat, u, is_enough = kernels.largest(h, W, b, bar - 1.5, norm, count, capacity)
+            assert bool(is_enough) == enough
+            if enough:
+                assert torch.equal(flat, kept)
+                assert torch.equal(u, (h @ W.T + b).flatten()[kept])
     assert not TRITON.largest(h, W, b, bar - 1.5, norm, passing + 1, 600)[2]
 
 
@@ -105,7 +124,7 @@ def test_of_equal_values_the_first_are_kept_however_the_buffer_is_ordered(scaled
 def test_where_more_pass_than_had_room_the_next_bar_is_tried_then_the_dense_step(rescaled, monkeypatch) -> None:
     sae, x = tall("triton", rescale_acts_by_decoder_norm=rescaled)
     rooms, filtered = [], triton.filtered
-    monkeypatch.setattr(triton, "filtered", lambda *arguments: (rooms.append(arguments[-1]), filtered(*arguments))[1])
+    monkeypatch.setattr(triton, "filtered", lambda *arguments: (rooms.append(arguments[4]), filtered(*arguments))[1])
     monkeypatch.setattr(msae.sae.fast.code, "SLACK", (1.3, 2.6))
     monkeypatch.setattr(msae.sae.fast.code, "ROOM", 0.75)
     assert sparse_encode(sae, x, "triton") is None
@@ -117,10 +136,10 @@ def test_where_more_pass_than_had_room_the_next_bar_is_tried_then_the_dense_step
     assert torch.equal(code.dense() > 0, of_plain.dense() > 0)
 
 
-def test_half_precision_of_autocast_is_the_encoder_s_alone() -> None:
+def test_half_precision_of_autocast_is_of_the_encoder_and_of_auxk() -> None:
     sae, x = tall("triton")
-    dead = torch.arange(sae.d_sae) % 4 == 0
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    dead = torch.arange(sae.d_sae, device=DEVICE) % 4 == 0
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         code, of_plain = (sparse_encode(sae, x, name) for name in ("triton", "plain"))
         under_autocast = gradients(sae, matryoshka_loss(sae, x, dead=dead, code=code))
     h = sae.encoder_input(x).bfloat16().float()
@@ -129,8 +148,49 @@ def test_half_precision_of_autocast_is_the_encoder_s_alone() -> None:
     exact = sae.pre(x)
     assert not torch.equal(code.u, exact[code.rows, code.latents])
     assert_close(of_plain.u, exact[of_plain.rows, of_plain.latents])
+    code.in_bfloat16 = False
     without = gradients(sae, matryoshka_loss(sae, x, dead=dead, code=code))
-    assert all(torch.equal(under_autocast[name], gradient) for name, gradient in without.items())
+    assert any(not torch.equal(under_autocast[name], gradient) for name, gradient in without.items())
+    assert_same_gradients(under_autocast, without, 2e-2)
+    without_dead = [gradients(sae, matryoshka_loss(sae, x, code=code)) for code.in_bfloat16 in (False, True)]
+    assert all(torch.equal(without_dead[0][name], gradient) for name, gradient in without_dead[1].items())
+
+
+# --- the copy of W_enc in bfloat16 ------------------------------------------------------------------------------------
+
+
+def test_the_optimizer_writes_the_copy_that_is_multiplied() -> None:
+    """And whoever else writes W_enc makes it stale. The interpreter cuts the last bit off, a GPU rounds."""
+    cast_of = partial(assert_close, rtol=2**-7 if triton.library().INTERPRETED else 0, atol=0)
+    sae, x = tall("triton", seed=1)
+    sae.kernels = "triton"
+    optimizer = DictionaryAdam(sae, 1e-2)
+
+    def step() -> None:
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            code = sparse_encode(sae, x, "triton")
+        cast_of(TRITON.factors(x, sae.W_enc, True)[1], sae.W_enc.detach().T.bfloat16())
+        gradients(sae, matryoshka_loss(sae, x, code=code))
+        optimizer.step()
+
+    half = TRITON.factors(x, sae.W_enc, True)[1]
+    before = half.clone()
+    step()
+    cast_of(half, sae.W_enc.detach().T.bfloat16())  # by the optimizer: nothing has asked for it since
+    assert not torch.equal(half, before)
+    assert TRITON.factors(x, sae.W_enc, True)[1] is half
+    others = {
+        "in place": lambda: sae.W_enc.detach().mul_(1.5),
+        "loaded": lambda: sae.load_state_dict({**sae.state_dict(), "W_enc": 2 * sae.W_enc.detach()}),
+        "sorted": lambda: permute(sae, torch.arange(sae.d_sae, device=DEVICE).flip(0), optimizer),
+        "other memory": lambda: setattr(sae.W_enc, "data", sae.W_enc.data.clone().mul_(3)),
+    }
+    for name, write in others.items():
+        step()
+        with torch.no_grad():
+            write()
+        assert torch.equal(TRITON.factors(x, sae.W_enc, True)[1], sae.W_enc.detach().T.bfloat16()), name  # anew
+        assert TRITON.factors(x, sae.W_enc, False)[1].dtype == torch.float32
 
 
 # --- the whole step ---------------------------------------------------------------------------------------------------
@@ -153,36 +213,42 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_waits_once_in_a_whole_step(monkeypatch) -> None:
+@pytest.mark.parametrize("kernels", [TRITON, triton.Triton(two_passes=True)], ids=["one pass", "two passes"])
+def test_the_host_waits_once_in_a_whole_step(kernels, monkeypatch) -> None:
     sae, x = tall("triton")
+    monkeypatch.setitem(KERNELS, "triton", kernels)
     sae.kernels = "triton"
     optimizer = DictionaryAdam(sae, 1e-3)
+    dead = Dead(some_dead(sae))
+    dead._sent, dead._number = Mock(), int(dead.mask.sum())  # as from a GPU
     looks, tolist = [], Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda t: (looks.append(t.dtype), tolist(t))[1])
     waits = Waits()
     with waits:
         code = sparse_encode(sae, x, "triton")
         assert looks == [torch.bool]
-        loss = matryoshka_loss(sae, x, code=code)
+        loss = matryoshka_loss(sae, x, code=code, dead=dead)
+    assert loss.aux > 0
     loss.total.backward()  # hands the gradients over; on a CPU alone it looks at its own
     with waits:
         sae.update_threshold(code.acts, 0.01)
         sae.update_fired(code.fired(), len(x))
         optimizer.step()
     assert waits.seen == []
-    assert looks == [torch.bool, torch.float64]  # the second are the weights, which are the host's
+    assert looks == [torch.bool, torch.float64, torch.float64]  # all but the first are weights, which are the host's
 
 
 def test_the_optimizer_takes_rows_that_a_program_can_hold() -> None:
-    wide = torch.zeros(2, triton.WIDEST + 1)
+    wide = torch.zeros(2, triton.WIDEST + 1, device=DEVICE)
     assert not TRITON.can_step(wide)
     assert TRITON.can_step(wide[:1])
 
 
 def test_the_first_update_is_the_learning_rate_however_slow_the_averages() -> None:
     """1 − β2 has few digits in float32."""
-    W, grad, one = torch.zeros(1, 100), torch.randn(1, 100), torch.ones((), dtype=torch.float64)
-    moments = Moments(torch.zeros(1, 100), torch.zeros(1, 100), torch.ones(()))
+    W, mean, square_mean = (torch.zeros(1, 100, device=DEVICE) for _ in range(3))
+    grad, one = torch.randn(1, 100, device=DEVICE), torch.ones((), dtype=torch.float64, device=DEVICE)
+    moments = Moments(mean, square_mean, torch.ones((), device=DEVICE))
     TRITON.adam(W, grad, moments, one, Rates(1e-3, 0.9, 0.9999, 1e-30), False)
     assert_close(W, -1e-3 * grad.sign(), rtol=2e-6, atol=0)
 
@@ -235,13 +301,13 @@ def test_a_device_that_cannot_run_it_is_refused_in_one_line(device, capability, 
 
 # --- for GPUs ---------------------------------------------------------------------------------------------------------
 
-NAMES = ("survivors", "residuals", "decoder_backward", "sum_rows", "project", "adam")
+NAMES = ("survivors", "screen", "residuals", "decoder_backward", "decode", "sum_rows", "project", "adam")
 COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from msae.sae.fast import triton as ours
-from msae.sae.fast.plain import Decoding, Moments, Rates
+from msae.sae.fast.plain import Decoding, Moments, Rates, Weights
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.int64: "*i64"}
 DIVISIBLE = [["tt.divisibility", 16]]
@@ -277,20 +343,24 @@ for name in NAMES:
 ours.library = lambda: Library
 h, W, b = torch.zeros(256, 768), torch.zeros(1024, 768), torch.zeros(1024)
 ours.filtered(h, W, b, b, 1024)
+ours.filtered(h, W, b, b, 1024, product=True)
 torch.set_float32_matmul_precision("high")
 ours.filtered(h, W, b, b, 1024)
 ours.filtered(h.bfloat16(), W.bfloat16(), b, b, 1024)
 latents, acts = torch.zeros(64, dtype=torch.int64), torch.zeros(64)
 code = Decoding(acts, latents, latents, torch.zeros(256 * 3 + 1, dtype=torch.int64), W)
 residuals, _ = kernels.residuals(code, h)
+weights = Weights([1.0, 1.0, 1.0], torch.ones(3))
 for stop_gradient in (False, True):
-    kernels.decoder_backward(code, residuals, [1.0, 1.0, 1.0], stop_gradient, {})
+    kernels.decoder_backward(code, residuals, weights, stop_gradient, {})
+    kernels.decode(code, h, weights, stop_gradient, (latents, latents), h if stop_gradient else None)
 kernels.sum_rows(h, latents, acts, latents)
 wide = torch.zeros(2, ours.WIDEST)
 moments, one = Moments(wide, wide, torch.ones(())), torch.ones((), dtype=torch.float64)
 for along in (None, wide):
     kernels.project(wide, along)
-    kernels.adam(wide, wide, moments, one, Rates(1e-3, 0.9, 0.999, 1e-8), along is not None)
+    for half in (None, wide.bfloat16()):
+        kernels.adam(wide, wide, moments, one, Rates(1e-3, 0.9, 0.999, 1e-8), along is not None, half)
 """
 SHARED = {"80": 163 * 1024, "90": 227 * 1024}  # bytes that one program may have, CUDA programming guide
 

@@ -1,8 +1,8 @@
 # ruff: noqa: F401
 """The sparse autoencoder as plain torch: weights, encode, decode, prefixes, sparsity, objective, files."""
 
-from msae.sae.auxk import AuxK, auxk_loss
-from msae.sae.fast import choose_kernels
+from msae.sae.auxk import AuxK, Dead, auxk_loss
+from msae.sae.fast import automatic, choose_kernels
 from msae.sae.fast.adam import DictionaryAdam
 from msae.sae.fast.code import SparseCode, encode_for_training, encode_sparse, prefix_errors, reconstruct
 from msae.sae.fast.loss import matryoshka_loss

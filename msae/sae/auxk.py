@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from msae.sae.model import MatryoshkaSAE
@@ -32,12 +32,38 @@ class AuxK:
     """Multiply by min(dead / k, 1)."""
 
 
+class Dead:
+    """Which latents are dead. Their number sets out for the host at once, so that it is there when it is needed."""
+
+    def __init__(self, mask: Bool[Tensor, " d_sae"]) -> None:
+        self.mask = mask
+        self._number = mask.sum().to("cpu", non_blocking=True)  # pinned, if it comes from a GPU
+        self._sent = torch.cuda.Event() if mask.is_cuda else None
+        if self._sent is not None:
+            self._sent.record()
+
+    def latents(self) -> Int[Tensor, " dead"]:
+        """The dead latents, ascending."""
+        if self._sent is None:
+            return self.mask.nonzero().squeeze(1)
+        self._sent.synchronize()
+        return self.mask.to(torch.uint8).argsort(descending=True, stable=True)[: int(self._number)]
+
+    def groups(self, widths: Sequence[int]) -> list[Int[Tensor, " dead"]]:
+        """The dead latents of the group that ends at each of these cumulative widths."""
+        latents = self.latents()
+        if len(widths) == 1:
+            return [latents]
+        ends = torch.searchsorted(latents, torch.tensor(widths, device=latents.device)).tolist()
+        return [latents[start:stop] for start, stop in pairwise([0, *ends])]
+
+
 def auxk_loss(
     sae: MatryoshkaSAE,
     pre: Float[Tensor, "batch d_sae"],
     residuals: Sequence[Float[Tensor, "batch d_out"]],
     widths: Sequence[int],
-    dead: Bool[Tensor, " d_sae"],
+    dead: Dead,
     aux: AuxK,
     share: float = 1.0,
 ) -> Float[Tensor, ""]:
@@ -49,24 +75,23 @@ def auxk_loss(
     """
     share = share if aux.normalise == "none" else 1.0
     total = pre.new_zeros(())
-    for (start, stop), residual in zip(pairwise([0, *widths]), residuals, strict=True):
-        index = dead[start:stop].nonzero().squeeze(1) + start
+    for index, residual in zip(dead.groups(widths), residuals, strict=True):
         if len(index) > 0:
             W_dec = sae.W_dec[index]
             if sae.rescale_acts_by_decoder_norm:
                 W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
-            scale = energy(residual, aux)
-            if scale > 0:
-                total = total + auxk_level(pre[:, index], residual, W_dec, aux) / (len(residual) * scale)
+            loss = auxk_level(pre[:, index], residual, W_dec, aux)
+            total = total + loss * (per_energy(residual, aux) / len(residual))
     return total * share
 
 
-def energy(residual: Float[Tensor, "batch d_out"], aux: AuxK) -> Float[Tensor, ""]:
-    """The divisor of `aux.normalise`, without gradient: E‖e‖², E‖e − E e‖² or 1."""
+def per_energy(residual: Float[Tensor, "batch d_out"], aux: AuxK) -> Float[Tensor, ""]:
+    """1 / the divisor of `aux.normalise`, without gradient: E‖e‖², E‖e − E e‖² or 1; 0 where that is 0."""
     e = residual.detach()
     if aux.normalise == "none":
         return e.new_ones(())
-    return (e - e.mean(0) if aux.normalise == "variance" else e).square().sum(1).mean()
+    energy = (e - e.mean(0) if aux.normalise == "variance" else e).square().sum(1).mean()
+    return torch.where(energy > 0, 1 / energy, 0.0)
 
 
 def auxk_level(
@@ -80,7 +105,7 @@ def auxk_level(
     e = residual.detach() if aux.detach else residual
     values, chosen = pre.topk(min(k, len(W_dec)), dim=1, sorted=False)
     acts = torch.zeros_like(pre).scatter(1, chosen, values.relu() if aux.relu else values)
-    if not aux.detach and not acts.any():  # otherwise this would train the residual alone, a second time
-        return pre.new_zeros(())
     loss = (e - acts @ W_dec).square().sum()
+    if not aux.detach:  # without an activation this would train the residual alone, a second time
+        loss = loss * acts.any()
     return loss * min(len(W_dec) / k, 1.0) if aux.scale_by_dead else loss

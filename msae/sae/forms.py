@@ -99,6 +99,6 @@ def permute(sae: MatryoshkaSAE, order: Int[Tensor, " d_sae"], optimizer: torch.o
     for name, axis in sae.LATENT_AXIS.items():
         tensor = getattr(sae, name)
         state = {} if optimizer is None else optimizer.state.get(tensor, {})
-        for t in (tensor.data, *state.values()):
+        for t in (tensor.detach(), *state.values()):
             if isinstance(t, Tensor) and t.shape == tensor.shape:
                 t.copy_(t.index_select(axis, order))

@@ -11,12 +11,12 @@ from dataclasses import field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
-from msae.sae.auxk import AuxK, auxk_loss
+from msae.sae.auxk import AuxK, Dead, auxk_loss
 from msae.sae.model import MatryoshkaSAE
 from msae.sae.sparsity import Entries
 from msae.settings import NonNegative, settings
@@ -43,7 +43,7 @@ def dense_loss(
     y: Float[Tensor, "batch d_out"],
     levels: "Levels",
     objective: "Objective",
-    dead: Bool[Tensor, " d_sae"] | None = None,
+    dead: Dead | None = None,
     sparsity_weight: float | Tensor = 0.0,
 ) -> Loss:
     """L before `with_terms`, for y' and what is active; `dead` latents take part in AuxK, `sparsity_weight` is λ."""

@@ -91,8 +91,7 @@ class MatryoshkaTraining(L.LightningModule):
     def on_train_start(self) -> None:
         if self.trainer.is_global_zero:
             for name, step in self.living():
-                reason = f", which {step.needs_dense} needs" if step.needs_dense else ""
-                say(f"{f'arm {name}: ' if name else ''}kernels: {step.kernels}{reason}")
+                say(f"{f'arm {name}: ' if name else ''}kernels: {step.kernels}{step.why}")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         at, logging = self.moment, self.should_log()

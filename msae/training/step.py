@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from msae.sae import (
+    Dead,
     DictionaryAdam,
     L0Controller,
     Loss,
     MatryoshkaSAE,
+    automatic,
     choose_kernels,
     encode_for_training,
     geometric_median,
@@ -100,6 +102,14 @@ class Step(nn.Module):
         return self.optimizer
 
     @property
+    def why(self) -> str:
+        """Why these kernels, as the end of a sentence; "" where it needs no word."""
+        if self.needs_dense:
+            return f", which {self.needs_dense} needs"
+        reason = automatic(self.sae).why if self.sae.kernels == "auto" else ""
+        return f" ({reason})" if reason else ""
+
+    @property
     def needs_dense(self) -> str:
         """The setting that needs every activation, whatever the kernels; "" if none does."""
         if self.recipe.sampling.kind == "every":
@@ -117,6 +127,8 @@ class Step(nn.Module):
     def loss(self, x: Tensor, y: Tensor, at: Moment) -> StepBatch:
         """The loss of raw activations x, reconstructing y, with its gradient; thresholds and counters move."""
         sae, recipe, tokens = self.sae, self.recipe, len(x) * at.world
+        if not recipe.dead.includes_batch:  # before the batch is encoded: then the host knows their number in time
+            dead, for_auxk = self.dead_by_now(tokens)
         code = encode_for_training(sae, x, self.kernels)
         fired = code.fired()
         everywhere = summed(fired.clone(), at.world)
@@ -125,11 +137,11 @@ class Step(nn.Module):
             weight = self.controller(everywhere.sum() / tokens, at.step + 1)
         if recipe.dead.includes_batch:
             sae.update_fired(everywhere, tokens)
-        dead = self.dead(tokens)
+            dead, for_auxk = self.dead_by_now(tokens)
         assert self.optimizer is not None, "training needs its optimizer"
         self.optimizer.encoder_decay = recipe.fading.decay(at.step, at.total)
         inner = recipe.fading.weight(at.step, at.total)
-        loss = matryoshka_loss(sae, x, recipe.objective, dead, y, self.prefixes(at.step), weight, code, inner)
+        loss = matryoshka_loss(sae, x, recipe.objective, for_auxk, y, self.prefixes(at.step), weight, code, inner)
         if sae.sparsity.threshold_is == "calibrated":
             sae.update_threshold(code.acts.detach(), recipe.threshold_rate)
         if recipe.resort_rate is not None:
@@ -139,6 +151,11 @@ class Step(nn.Module):
         if not recipe.dead.includes_batch:
             sae.update_fired(everywhere, tokens)
         return StepBatch(x, y, loss, fired, dead, weight)
+
+    def dead_by_now(self, tokens: int) -> tuple[Tensor, Dead | None]:
+        """As `dead`, and the same for AuxK if there is any."""
+        mask = self.dead(tokens)
+        return mask, Dead(mask) if self.recipe.objective.aux.coefficient > 0 else None
 
     def dead(self, tokens: int) -> Tensor:
         """Bool [d_sae]: the latents that are dead by now, with batches of so many tokens."""

@@ -90,7 +90,7 @@ class DictionaryAdam(torch.optim.Adam):
         beta1, beta2 = group["betas"]
         rates = Rates(float(group["lr"]), beta1, beta2, group["eps"])
         unit_norm = p is self.sae.W_dec and self.decoder == "unit_norm"
-        kernels.adam(rows(p), rows(p.grad), moments, scale, rates, unit_norm)
+        kernels.adam(rows(p), rows(p.grad), moments, scale, rates, unit_norm, kernels.half_of(p))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As Adam's; averages get the memory layout of their parameters, on which fused kernels rely."""

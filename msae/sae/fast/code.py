@@ -1,5 +1,6 @@
 """Sparse codes, and how a batch is encoded into one by work that is sparse in all but the encoder's product."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from msae.sae.fast import KERNELS, PLAIN, choose_kernels
-from msae.sae.fast.plain import Decoding, Plain
+from msae.sae.fast.plain import Decoding, Plain, sums_by_bin
 from msae.sae.model import MatryoshkaSAE
 from msae.sae.objective import Code, DenseCode
 
@@ -47,12 +48,12 @@ class SparseCode:
         """In how many rows each latent is active."""
         counts = torch.zeros(self.d_sae, dtype=torch.int64, device=self.acts.device)
         for latents, acts in self._parts():
-            counts += sums_by_latent(latents, (acts > 0).long(), self.d_sae)
+            counts += sums_by_bin(latents, (acts > 0).long(), self.d_sae)
         return counts
 
     def mean_square(self, norm: Float[Tensor, " d_sae"] | float) -> Float[Tensor, " d_sae"]:
         """E (acts · norm)² of each latent."""
-        return sums_by_latent(self.latents, self.acts.square(), self.d_sae) / self.batch * norm**2
+        return sums_by_bin(self.latents, self.acts.square(), self.d_sae) / self.batch * norm**2
 
     def largest(self) -> Float[Tensor, " d_sae"]:
         """Each latent's largest activation, 0 where it never fires."""
@@ -95,25 +96,24 @@ class TrainingCode(SparseCode):
     """A batch's code with what its gradients need; entries near enough for a threshold's gradient have acts 0.
 
     u [n] = x' W_enc + b_enc of the entry, before × ‖W_dec row‖ where pre is rescaled by it; h = x' [batch, d_in];
-    kernels: those that compute the rest of the step.
+    kernels: those that compute the rest of the step; in_bfloat16: whether the encoder's product was.
     """
 
     u: Float[Tensor, " n"]
     h: Float[Tensor, "batch d_in"]
     kernels: Plain
+    in_bfloat16: bool = False
 
 
-def sums_by_latent(latents: Int[Tensor, " n"], values: Tensor, d_sae: int) -> Tensor:
-    """Σ values of each latent, always in the same order: on a GPU index_put_ sorts, index_add_ would not."""
-    total = values.new_zeros(d_sae)
-    if values.device.type == "cpu":
-        return total.index_add_(0, latents, values)
-    return total.index_put_((latents,), values, accumulate=True)
+def constant(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """A few numbers of the host in the type and on the device of a tensor; sent there once, if they recur."""
+    return _constant(tuple(numbers), like.dtype, like.device)
 
 
-def to_device(tensor: Tensor, like: Tensor) -> Tensor:
-    """A small tensor of the host in the type and on the device of another, without waiting for that device."""
-    return tensor.to(like.device, like.dtype, non_blocking=True)
+@functools.lru_cache(64)
+def _constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # training may meet what validation has made
+        return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------
@@ -147,7 +147,8 @@ def sparse_encode(
 
     BatchTopK keeps k · batch entries exactly, from those above a bar that a sample of the batch's own rows sets so
     low that a few more pass than are needed; when too few do, the bar is lowered. Ties are broken arbitrarily, by
-    `triton` in favour of the first. Under autocast to bfloat16 `triton` multiplies W_enc in bfloat16, the others don't.
+    `triton` in favour of the first. Under autocast to bfloat16 `triton` multiplies W_enc, and AuxK's factors, in
+    bfloat16, the others don't.
     """
     if kernels == "dense":
         return None
@@ -165,22 +166,20 @@ class Screen:
 
     def __init__(self, sae: MatryoshkaSAE, x: Tensor, kernels: Plain, in_bfloat16: bool) -> None:
         self.sae, self.kernels = sae, kernels
-        self.h, self.W, self.b = sae.encoder_input(x), sae.W_enc.T, sae.b_enc.detach()
+        self.h, self.W, self.b = sae.encoder_input(x), sae.W_enc.detach().T, sae.b_enc.detach()
         self.norm = sae.W_dec.norm(dim=1) if sae.rescale_acts_by_decoder_norm else None
-        self.factors = kernels.factors(self.h, self.W, in_bfloat16)
+        self.factors = kernels.factors(self.h, sae.W_enc, in_bfloat16)
 
     def above(self, bar: Tensor) -> TrainingCode | None:
         """Entries whose pre-activation exceeds their latent's bar."""
         sample = self._sample()
-        if (sample > bar).sum() > DENSEST * sample.numel():
-            return None
+        too_many = (sample > bar).sum() > DENSEST * sample.numel()
         bar = bar if self.norm is None else bar / self.norm
-        return self._finite(*self.kernels.survivors(*self.factors, self.b, bar))
+        return self._code(self.kernels.survivors(*self.factors, self.b, bar, too_many))
 
     def largest_of_each_row(self, k: int) -> TrainingCode | None:
         """The k largest positive entries of each row."""
-        flat, u = self.kernels.row_survivors(self.h, self.W, self.b, k, self.norm)
-        return self._finite(flat[~(u <= 0)], u[~(u <= 0)])
+        return self._code(self.kernels.row_survivors(self.h, self.W, self.b, k, self.norm))
 
     def largest(self, k: float) -> TrainingCode | None:
         """The k · batch largest positive entries."""
@@ -188,7 +187,7 @@ class Screen:
         for slack, bar in self._bars(count):
             capacity = min(round(ROOM * slack * count), len(self.h) * self.sae.d_sae)
             flat, u, is_enough = self.kernels.largest(*self.factors, self.b, bar, self.norm, count, capacity)
-            code = self._code(flat, u)
+            code = self._code((flat, u))
             # the host asks only once, when the whole code is on its way to the device
             enough, is_finite = torch.stack([is_enough, (bar > 0) & u.isfinite().all()]).tolist()
             if enough or not is_finite:
@@ -210,20 +209,18 @@ class Screen:
                 return
             yield slack, flat.topk(rank, sorted=False).values.min()
 
-    def _finite(self, flat: Tensor, u: Tensor) -> TrainingCode | None:
-        """The code of these entries; None where one is not finite: the dense step carries that into the loss."""
-        return self._code(flat, u) if bool(u.isfinite().all()) else None
-
-    def _code(self, flat: Tensor, u: Tensor) -> TrainingCode:
-        """The code of entries (row · d_sae + latent, u) in any order."""
-        sae = self.sae
-        flat, u = self.kernels.ascending(flat, u)
+    def _code(self, entries: tuple[Tensor, Tensor] | None) -> TrainingCode | None:
+        """The code of ascending entries (row · d_sae + latent, u); without any, the dense step is the one to take."""
+        if entries is None:
+            return None
+        sae, (flat, u) = self.sae, entries
         rows = torch.div(flat, sae.d_sae, rounding_mode="floor")
         latents = flat - rows * sae.d_sae
         pre = u if self.norm is None else u * self.norm[latents]
         acts = sae.sparsity.activate(pre, sae.threshold.detach()[latents])
         offsets = self.kernels.bin_ends(rows, len(self.h))
-        code = TrainingCode(offsets, latents, acts, sae.d_sae, u, self.h, self.kernels)
+        in_bfloat16 = self.factors[0].dtype == torch.bfloat16
+        code = TrainingCode(offsets, latents, acts, sae.d_sae, u, self.h, self.kernels, in_bfloat16)
         code.rows = rows
         return code
 
@@ -265,7 +262,7 @@ def decoding(
     sae: MatryoshkaSAE, code: TrainingCode, coefficients: Float[Tensor, " n"], widths: Sequence[int]
 ) -> Decoding:
     """The entries in bins of these widths, with the coefficients of their W_dec rows."""
-    edges = to_device(torch.tensor(list(widths)), code.latents)
+    edges = constant(widths, code.latents)
     bins = code.rows * len(widths) + torch.searchsorted(edges, code.latents, right=True)
     ends = code.kernels.bin_ends(bins, code.batch * len(widths))
     return Decoding(coefficients, code.latents, bins, ends, sae.W_dec.detach())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from msae.progress import say
-from msae.sae.fast.plain import Decoding, Moments, Plain, Rates
+from msae.sae.fast.plain import Decoded, Decoding, Moments, Plain, Rates, Weights
 
 SOURCE = Path(__file__).with_name("compiled.cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread"]
@@ -95,11 +95,11 @@ def call(name: str, *arguments: Any) -> Any:
 class Compiled(Plain):
     """`Plain` in C++ where that is faster than PyTorch."""
 
-    def survivors(self, h: Tensor, W: Tensor, b: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
-        """In ascending order: multiplied in integers, and in float32 only what these cannot rule out."""
+    def exceeding(self, h: Tensor, W: Tensor, b: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
+        """Multiplied in integers, and in float32 only what these cannot rule out."""
         bar = bar.contiguous()
         if not able(h, W, b, bar) or library().msae_screen_bits() == 0:
-            return super().survivors(h, W, b, bar)
+            return super().exceeding(h, W, b, bar)
         screen = ctypes.c_void_p()
         n = call("msae_screen", h, W, b, bar, len(h), *W.shape, ctypes.byref(screen))
         flat, u = torch.empty(n, dtype=torch.int64), torch.empty(n)
@@ -128,24 +128,26 @@ class Compiled(Plain):
         self,
         code: Decoding,
         target: Tensor,
-        weights: list[float],
+        weights: Weights,
         stop_gradient: bool,
         by_latent: tuple[Tensor, Tensor],
         outermost: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    ) -> Decoded | None:
         """In blocks of columns, without ever holding the residuals of all levels."""
         acts, W_dec, (order, latent_ends) = code.acts, code.W_dec, by_latent
         if not able(acts, W_dec, target):
             return None
-        (batch, d), levels = target.shape, len(weights)
+        (batch, d), levels = target.shape, len(weights.host)
         gradient = target.new_empty(batch, levels, library().msae_columns())  # of a block: room for the kernel
         squares, grad_acts = target.new_zeros(batch, levels, dtype=torch.float64), torch.zeros_like(acts)
         grad_W_dec, grad_b_dec = torch.empty_like(W_dec), target.new_empty(d)
         sorted_entries = (acts[order], code.bins[order], latent_ends)
-        inputs = (acts, code.latents, code.ends, *sorted_entries, W_dec, target, torch.tensor(weights).float())
+        inputs = (acts, code.latents, code.ends, *sorted_entries, W_dec, target, weights.device)
         outputs = (gradient, squares, grad_acts, outermost, grad_W_dec, grad_b_dec)
         call("msae_decode", *inputs, batch, levels, d, len(W_dec), stop_gradient, *outputs)
-        return squares.mean(0), grad_acts, grad_W_dec, grad_b_dec
+        return Decoded(
+            squares.mean(0), grad_acts, lambda scale: grad_W_dec if scale is None else grad_W_dec * scale, grad_b_dec
+        )
 
     def can_step(self, *tensors: Tensor) -> bool:
         return able(*tensors)
@@ -155,7 +157,16 @@ class Compiled(Plain):
         call("msae_project", grad, W, *grad.shape, squares)
         return squares
 
-    def adam(self, W: Tensor, grad: Tensor, moments: Moments, scale: Tensor, rates: Rates, unit_norm: bool) -> None:
+    def adam(
+        self,
+        W: Tensor,
+        grad: Tensor,
+        moments: Moments,
+        scale: Tensor,
+        rates: Rates,
+        unit_norm: bool,
+        half: Tensor | None = None,
+    ) -> None:
         (lr, beta1, beta2, eps), (*averages, step) = rates, moments
         step_size, root = lr / (1 - beta1 ** int(step)), math.sqrt(1 - beta2 ** int(step))
         call("msae_adam", W, grad, *averages, *W.shape, float(scale), beta1, beta2, step_size, root, eps, unit_norm)

@@ -1,15 +1,15 @@
 """The loss of a batch; for a sparse code with its gradients by hand, from the entries that are active."""
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from msae.sae.auxk import AuxK, auxk_level, energy
-from msae.sae.fast.code import TrainingCode, decoding, encode_for_training, sums_by_latent, to_device
+from msae.sae.auxk import AuxK, Dead, auxk_level, per_energy
+from msae.sae.fast.code import TrainingCode, constant, decoding, encode_for_training
+from msae.sae.fast.plain import Decoded, Weights
 from msae.sae.model import MatryoshkaSAE
 from msae.sae.objective import (
     Code,
@@ -31,7 +31,7 @@ def matryoshka_loss(
     sae: MatryoshkaSAE,
     x: Float[Tensor, "batch d_in"],
     objective: Objective = Objective(),  # noqa: B008
-    dead: Bool[Tensor, " d_sae"] | None = None,
+    dead: Bool[Tensor, " d_sae"] | Dead | None = None,
     target: Float[Tensor, "batch d_out"] | None = None,
     prefixes: Widths | None = None,
     sparsity_weight: float | Tensor = 0.0,
@@ -46,6 +46,7 @@ def matryoshka_loss(
     """
     y = sae.normalise_target(x if target is None else target)
     code = code or encode_for_training(sae, x)
+    dead = Dead(dead) if isinstance(dead, Tensor) else dead
     step = (y, objective.levels(sae, prefixes, inner), objective, dead, sparsity_weight)
     if isinstance(code, TrainingCode):
         with torch.autocast(sae.W_enc.device.type, enabled=False):
@@ -62,7 +63,7 @@ def sparse_loss(
     y: Float[Tensor, "batch d_out"],
     levels: Levels,
     objective: Objective,
-    dead: Bool[Tensor, " d_sae"] | None = None,
+    dead: Dead | None = None,
     sparsity_weight: float | Tensor = 0.0,
 ) -> Loss:
     """As `dense_loss`; with gradients computed here and handed to autograd, so it can be differentiated once.
@@ -74,10 +75,10 @@ def sparse_loss(
     latents, d_sae, W_dec = code.latents, sae.d_sae, sae.W_dec.detach()
     leaves, coefficients, penalty = entry_terms(sae, code, levels)
     by_latent = order, ends = code.kernels.by_latent(latents, d_sae)
-    errors, aux, grad_u, grad_W_dec, grad_b_dec = decoder_step(
-        sae, code, coefficients.detach(), by_latent, y, levels, objective, dead
-    )
-    total = (to_device(levels.weights, errors) * errors).sum().to(y.dtype) + objective.aux.coefficient * aux.loss
+    decoded, aux = decoder_step(sae, code, coefficients.detach(), by_latent, y, levels, objective, dead)
+    errors, grad_u = decoded.errors, decoded.grad_acts
+    weights = constant(levels.weights.tolist(), errors)
+    total = (weights * errors).sum().to(y.dtype) + objective.aux.coefficient * aux.loss
 
     of_leaves: dict[str, Tensor] = {}
     if leaves:
@@ -88,20 +89,30 @@ def sparse_loss(
         of_leaves = dict(zip(leaves, grads, strict=True))
         grad_u = of_leaves["u"]
 
-    grad_W_enc = code.kernels.sum_rows(code.h, code.rows[order], grad_u[order], ends)
-    grad_b_enc = sums_by_latent(latents, grad_u, d_sae)
-    if (grad_norm := of_leaves.get("norm")) is not None:
-        grad_W_dec += W_dec * (grad_norm / W_dec.norm(dim=1))[:, None]
-    for index, *of_dead in aux.grad_dead:
-        for whole, part in zip((grad_W_enc, grad_b_enc, grad_W_dec), of_dead, strict=True):
-            whole.index_add_(0, index, part)
-    if sae.apply_b_dec_to_input:
-        grad_b_dec -= grad_b_enc @ sae.W_enc.detach().T
+    def gradients(scale: Tensor | None) -> list[Tensor]:
+        """Those of the parameters, times `scale`: what is small is multiplied by it before it becomes large."""
+
+        def scaled(tensor: Tensor) -> Tensor:
+            return tensor if scale is None else tensor * scale
+
+        of_entries = scaled(grad_u)
+        grad_W_enc = code.kernels.sum_rows(code.h, code.rows[order], of_entries[order], ends)
+        grad_b_enc = code.kernels.sums(latents, of_entries, by_latent)
+        grad_W_dec, grad_b_dec = decoded.grad_W_dec(scale), scaled(decoded.grad_b_dec)
+        if (grad_norm := of_leaves.get("norm")) is not None:
+            grad_W_dec += W_dec * scaled(grad_norm / W_dec.norm(dim=1))[:, None]
+        for index, *of_dead in aux.grad_dead:
+            for whole, part in zip((grad_W_enc, grad_b_enc, grad_W_dec), of_dead, strict=True):
+                whole.index_add_(0, index, scaled(part))
+        if sae.apply_b_dec_to_input:
+            grad_b_dec = grad_b_dec - grad_b_enc @ sae.W_enc.detach().T
+        of_threshold = of_leaves.get("threshold")
+        of_thresholds = [] if of_threshold is None else [code.kernels.sums(latents, scaled(of_threshold), by_latent)]
+        return [grad_W_enc.T, grad_b_enc, grad_W_dec, grad_b_dec, *of_thresholds]
+
     parameters: list[Tensor] = [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec]
-    gradients = [grad_W_enc.T, grad_b_enc, grad_W_dec, grad_b_dec]
-    if (grad_threshold := of_leaves.get("threshold")) is not None:
+    if "threshold" in leaves:
         parameters.append(sae.threshold)
-        gradients.append(sums_by_latent(latents, grad_threshold, d_sae))
     total = KnownGradients.apply(total, gradients, *parameters)
     return Loss(total, errors, aux.loss, penalty.detach(), {}, code)
 
@@ -136,7 +147,7 @@ def entry_terms(
         acts = sparsity.activate(pre, threshold)
         penalty = pre.new_zeros(())
         if sparsity.has_penalty:
-            paid = to_device(paid_by_latent(levels, sae.d_sae), pre)[code.latents]
+            paid = paid_by_latent(levels, sae.d_sae).to(pre, non_blocking=True)[code.latents]
             entries = Entries(pre, acts, 1.0 if is_rescaled else norm, threshold, paid, by_row, code.batch)
             penalty = sparsity.penalty(entries, sae.k)
         coefficients = acts / norm if is_rescaled else acts
@@ -165,35 +176,33 @@ def decoder_step(
     y: Float[Tensor, "batch d_out"],
     levels: Levels,
     objective: Objective,
-    dead: Bool[Tensor, " d_sae"] | None,
-) -> tuple[Float[Tensor, " levels"], Auxiliary, Float[Tensor, " n"], Float[Tensor, "d_sae d_out"], Tensor]:
-    """E‖y' − recon_m‖² of each level, AuxK, and the gradients of the coefficients, W_dec and b_dec.
+    dead: Dead | None,
+) -> tuple[Decoded, Auxiliary]:
+    """The errors and gradients of the decoder, and AuxK.
 
     In one pass where there is a kernel for it and AuxK needs only the last residual.
     """
     kernels, aux, share, widths = code.kernels, objective.aux, objective.share(sae), levels.widths
     entries, target = decoding(sae, code, coefficients, widths), y - sae.b_dec.detach()
-    chain = ((levels.weights * (-2 * share / code.batch)).tolist(), objective.stop_gradient)
+    factors = (levels.weights * (-2 * share / code.batch)).tolist()
+    chain = (Weights(factors, constant(factors, target)), objective.stop_gradient)
     dead = dead if aux.coefficient > 0 else None
 
     if dead is None or (aux.detach and not aux.per_level):
         outermost = None if dead is None else torch.empty_like(target)
-        fused = kernels.decode(entries, target, *chain, by_latent, outermost)
-        if fused is not None:
-            errors, grad_coefficients, grad_W_dec, grad_b_dec = fused
+        decoded = kernels.decode(entries, target, *chain, by_latent, outermost)
+        if decoded is not None:
             of_levels = [] if outermost is None else [outermost]
-            auxiliary = sparse_auxk(sae, code.h, of_levels, [sae.d_sae], aux, share, dead)
-            return errors * share, auxiliary, grad_coefficients, grad_W_dec, grad_b_dec
+            auxiliary = sparse_auxk(sae, code.h, of_levels, [sae.d_sae], aux, share, dead, code.in_bfloat16)
+            return decoded._replace(errors=decoded.errors * share), auxiliary
 
     residuals, errors = kernels.residuals(entries, target)
     numbers = range(len(widths)) if aux.per_level else [len(widths) - 1]  # of the levels that AuxK reconstructs
     of_levels, groups = [residuals[:, level] for level in numbers], [widths[level] for level in numbers]
-    auxiliary = sparse_auxk(sae, code.h, of_levels, groups, aux, share, dead)
+    auxiliary = sparse_auxk(sae, code.h, of_levels, groups, aux, share, dead, code.in_bfloat16)
     others = {numbers[i]: gradient for i, gradient in auxiliary.grad_residuals.items()}
-    grad_levels, grad_coefficients = kernels.decoder_backward(entries, residuals, *chain, others)
-    order, ends = by_latent
-    grad_W_dec = kernels.sum_rows(grad_levels.flatten(0, 1), entries.bins[order], coefficients[order], ends)
-    return errors * share, auxiliary, grad_coefficients, grad_W_dec, grad_levels[:, 0].sum(0)
+    gradients, dots = kernels.decoder_backward(entries, residuals, *chain, others)
+    return kernels.decoded(entries, gradients, errors * share, dots, by_latent), auxiliary
 
 
 def sparse_auxk(
@@ -203,48 +212,51 @@ def sparse_auxk(
     widths: Sequence[int],
     aux: AuxK,
     share: float,
-    dead: Tensor | None,
+    dead: Dead | None,
+    in_bfloat16: bool = False,
 ) -> Auxiliary:
     """As `auxk_loss`, with gradients.
 
-    The dead rows are copied out first, so that their gradients are no larger than they are. A part of the batch at a
-    time, so that its activations stay in cache; all at once if the residual is to be trained, for `auxk_level`.
+    The dead rows are copied out first, so that their gradients are no larger than they are. A CPU takes a part of the
+    batch at a time, so that its activations stay in cache; but all at once if the residual is to be trained. Products
+    are in bfloat16 where the encoder's were.
     """
     loss, grad_residuals, grad_dead = h.new_zeros(()), dict[int, Tensor](), list[tuple[Tensor, ...]]()
     if dead is None:
         return Auxiliary(loss, grad_residuals, grad_dead)
     share = share if aux.normalise == "none" else 1.0
-    for number, (residual, (start, stop)) in enumerate(zip(residuals, pairwise([0, *widths]), strict=True)):
-        index = dead[start:stop].nonzero().squeeze(1) + start
-        if len(index) == 0 or not (scale := energy(residual, aux)) > 0:
+    for number, (residual, index) in enumerate(zip(residuals, dead.groups(widths), strict=True)):
+        if len(index) == 0:
             continue
+        weight = per_energy(residual, aux) * (share / len(h))
         rows = [t.detach()[index].requires_grad_() for t in (sae.W_enc.T, sae.b_enc, sae.W_dec)]
         sums = [torch.zeros_like(t) for t in rows]
-        size = AUXK_ROWS if aux.detach else len(h)
+        size = AUXK_ROWS if aux.detach and h.device.type == "cpu" else len(h)
         for inputs, e in zip(h.split(size), residual.split(size), strict=True):
             e = e.detach().requires_grad_(not aux.detach)
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast(h.device.type, torch.bfloat16, enabled=in_bfloat16):
                 directions, bias, W_dec = rows
                 pre = torch.addmm(bias, inputs, directions.T)
                 if sae.rescale_acts_by_decoder_norm:
                     norm = W_dec.norm(dim=1)
                     pre, W_dec = pre * norm, W_dec / norm[:, None]
-                part = auxk_level(pre, e, W_dec, aux) * (share / (len(h) * scale))
+                part = auxk_level(pre, e, W_dec, aux) * weight
             loss = loss + part.detach()
-            if part.requires_grad:
-                gradients = torch.autograd.grad(aux.coefficient * part, rows if aux.detach else [*rows, e])
-                torch._foreach_add_(sums, gradients[:3])
-                if not aux.detach:
-                    grad_residuals[number] = gradients[3]
+            gradients = torch.autograd.grad(aux.coefficient * part, rows if aux.detach else [*rows, e])
+            torch._foreach_add_(sums, gradients[:3])
+            if not aux.detach:
+                grad_residuals[number] = gradients[3]
         grad_dead.append((index, *sums))
     return Auxiliary(loss, grad_residuals, grad_dead)
 
 
 class KnownGradients(torch.autograd.Function):
-    """A scalar whose gradients are known already; they are handed over, so it can be differentiated once."""
+    """A scalar whose gradients, times a factor, are known; they are handed over, so it can be differentiated once."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, total: Tensor, gradients: Callable[[Tensor | None], list[Tensor]], *parameters: Tensor
+    ) -> Tensor:
         ctx.gradients = gradients
         return total.clone()
 
@@ -252,6 +264,5 @@ class KnownGradients(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the sparse step can be differentiated only once"
-        if grad.device.type != "cpu" or float(grad) != 1:  # looking at it would make a GPU wait
-            torch._foreach_mul_(gradients, grad)
-        return (None, None, *gradients)
+        is_one = grad.device.type == "cpu" and float(grad) == 1  # looking at it would make a GPU wait
+        return (None, None, *gradients(None if is_one else grad))

@@ -1,6 +1,7 @@
 """The kernels of the sparse step in PyTorch's own operators: any device, float32 or float64."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +40,22 @@ class Decoding:
     W_dec: Decoder
 
 
+class Weights(NamedTuple):
+    """The factor of each level's residual in the gradient, on the host and [levels] on the device."""
+
+    host: list[float]
+    device: Tensor
+
+
+class Decoded(NamedTuple):
+    """E‖·‖² of each level, and the gradients of acts [n], W_dec (times a factor if given) and b_dec [d_out]."""
+
+    errors: Tensor
+    grad_acts: Tensor
+    grad_W_dec: Callable[[Tensor | None], Tensor]
+    grad_b_dec: Tensor
+
+
 class Rates(NamedTuple):
     """Adam's learning rate, decay rates and ε."""
 
@@ -64,14 +81,29 @@ class Plain:
 
     # --- the encoder --------------------------------------------------------------------------------------------------
 
-    def factors(self, h: Inputs, W: Encoder, in_bfloat16: bool) -> tuple[Tensor, Tensor]:
-        """h and W as they are to be multiplied; in bfloat16 where that is asked for and supported."""
-        return h, W
+    def factors(self, h: Inputs, W_enc: Tensor, in_bfloat16: bool) -> tuple[Tensor, Tensor]:
+        """h and W, the rows of W_encᵀ, as they are to be multiplied: in bfloat16 where that is asked for and supported.
 
-    def survivors(self, h: Inputs, W: Encoder, b: PerLatent, bar: PerLatent) -> tuple[Indices, Values]:
-        """(flat, u) of all entries whose u exceeds the latent's bar, in any order.
+        W_enc [d_in, d_sae] is the parameter itself.
+        """
+        return h, W_enc.detach().T
 
-        In tiles, so that batch × d_sae is never held. NaN is a survivor, so that it cannot go unnoticed.
+    def survivors(
+        self, h: Inputs, W: Encoder, b: PerLatent, bar: PerLatent, unless: Bool[Tensor, ""] | None = None
+    ) -> tuple[Indices, Values] | None:
+        """(flat, u) of all entries whose u exceeds the latent's bar, ascending.
+
+        None where `unless` is true, or an entry is not finite.
+        """
+        if unless is not None and bool(unless):
+            return None
+        flat, u = self.exceeding(h, W, b, bar)
+        return (flat, u) if bool(u.isfinite().all()) else None
+
+    def exceeding(self, h: Inputs, W: Encoder, b: PerLatent, bar: PerLatent) -> tuple[Indices, Values]:
+        """As `survivors`; NaN exceeds every bar, so that it cannot go unnoticed.
+
+        In tiles, so that batch × d_sae is never held.
         """
         d_sae, width, bar = len(W), min(len(W), LATENTS), bar.contiguous()  # an expanded one takes longer to compare
         buffer = h.new_empty(min(len(h), ROWS) * width)
@@ -89,18 +121,23 @@ class Plain:
                 values.append(u.view(-1)[index])
                 row_in_tile = torch.div(index, shape[1], rounding_mode="floor")
                 flats.append(index + row_in_tile * (d_sae - shape[1]) + (row * d_sae + latent))
-        return torch.cat(flats), torch.cat(values)
+        flat, u = torch.cat(flats), torch.cat(values)
+        if width == d_sae:
+            return flat, u
+        flat, order = flat.sort()
+        return flat, u[order]
 
     def largest(
         self, h: Inputs, W: Encoder, b: PerLatent, bar: Scalar, norm: PerLatent | None, count: int, capacity: int
     ) -> tuple[Indices, Values, Bool[Tensor, ""]]:
         """(flat, u) of the `count` largest entries (after × norm) above a positive bar, and whether so many are above.
 
-        If not, the entries mean nothing. `capacity` bounds how many may be above, where memory for them is set aside.
+        Ascending; if not so many are above, the entries mean nothing. NaN is the largest. `capacity` bounds how many
+        may be above, where memory for them is set aside.
         """
         if not bar > 0:
             return torch.empty_like(b[:0], dtype=torch.int64), b[:0], torch.tensor(False)
-        flat, u = self.survivors(h, W, b, bar.expand_as(b) if norm is None else bar / norm)
+        flat, u = self.exceeding(h, W, b, bar.expand_as(b) if norm is None else bar / norm)
         if len(u) < count:
             return flat, u, torch.tensor(False)
         ranked = u if norm is None else u * norm[flat % len(W)]
@@ -110,8 +147,11 @@ class Plain:
 
     def row_survivors(
         self, h: Inputs, W: Encoder, b: PerLatent, k: int, norm: PerLatent | None
-    ) -> tuple[Indices, Values]:
-        """(flat, u) of each row's k largest entries (after × norm), in any order; whole rows at a time."""
+    ) -> tuple[Indices, Values] | None:
+        """(flat, u) of each row's k largest positive entries (after × norm), ascending; None where one is not finite.
+
+        Whole rows at a time.
+        """
         d_sae = len(W)
         rows = max(1, ROWS * LATENTS * 2 // d_sae)
         buffer = h.new_empty(min(rows, len(h)), d_sae)
@@ -120,23 +160,22 @@ class Plain:
             inputs = h[row : row + rows]
             u = torch.addmm(b, inputs, W.T, out=buffer[: len(inputs)])
             ranked = u if norm is None else u * norm
-            kept = ranked.topk(min(k, d_sae), dim=1, sorted=False).indices
+            kept = ranked.topk(min(k, d_sae), dim=1, sorted=False).indices.sort(1).values
             starts = torch.arange(row, row + len(inputs), device=h.device)[:, None] * d_sae
             flats.append((kept + starts).flatten())
             values.append(u.gather(1, kept).flatten())
-        return torch.cat(flats), torch.cat(values)
-
-    def ascending(self, flat: Indices, u: Values) -> tuple[Indices, Values]:
-        """Entries in the order of `flat`."""
-        if bool((flat[1:] > flat[:-1]).all()):
-            return flat, u
-        flat, order = flat.sort()
-        return flat, u[order]
+        flat, u = torch.cat(flats), torch.cat(values)
+        keep = ~(u <= 0)  # NaN too
+        number, is_finite = torch.stack([keep.sum(), (u.isfinite() | ~keep).all()]).tolist()
+        if not is_finite:
+            return None
+        index = true_places(keep, number)
+        return flat[index], u[index]
 
     # --- the decoder --------------------------------------------------------------------------------------------------
 
     def by_latent(self, latents: Indices, d_sae: int) -> tuple[Indices, Ends]:
-        """The order that sorts entries by latent, rows ascending, and where each latent's entries start and end."""
+        """The order that sorts ascending entries by latent, and where each latent's start and end: rows ascend."""
         return latents.argsort(stable=True), self.bin_ends(latents, d_sae)
 
     def bin_ends(self, bins: Indices, count: int) -> Ends:
@@ -157,7 +196,7 @@ class Plain:
         return residuals, torch.linalg.vector_norm(residuals, dim=2).double().square().mean(0)
 
     def decoder_backward(
-        self, code: Decoding, residuals: Residuals, weights: list[float], stop_gradient: bool, others: dict[int, Target]
+        self, code: Decoding, residuals: Residuals, weights: Weights, stop_gradient: bool, others: dict[int, Target]
     ) -> tuple[Residuals, Values]:
         """Gradient with respect to what each level's latents add, in place of `residuals`; and to each entry's act.
 
@@ -166,7 +205,7 @@ class Plain:
         """
         levels = residuals.shape[1]
         for level in range(levels - 1, -1, -1):
-            residuals[:, level].mul_(weights[level])
+            residuals[:, level].mul_(weights.host[level])
             if level in others:
                 residuals[:, level].sub_(others[level])
             if level < levels - 1 and not stop_gradient:
@@ -188,21 +227,36 @@ class Plain:
         """Σ weights · table[index] over each bin's entries."""
         return embedding_bag(index, table, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
+    def sums(self, bins: Indices, values: Values, by_bin: tuple[Indices, Ends]) -> Float[Tensor, " bins"]:
+        """Σ values of each bin; `by_bin` is the order that sorts them by bin, and where each bin's start and end."""
+        return sums_by_bin(bins, values, len(by_bin[1]) - 1)
+
     def decode(
         self,
         code: Decoding,
         target: Target,
-        weights: list[float],
+        weights: Weights,
         stop_gradient: bool,
         by_latent: tuple[Indices, Ends],
         outermost: Target | None,
-    ) -> tuple[Errors, Values, Decoder, Tensor] | None:
+    ) -> Decoded | None:
         """All of the decoder's step in one pass; None where there is no such kernel.
 
-        Gives the errors of `residuals` and the gradients of acts (`decoder_backward`), W_dec (`sum_rows` over each
-        latent's entries) and b_dec (a sum over all rows). The last level's residual is written into `outermost`.
+        The last level's residual is written into `outermost`.
         """
         return None
+
+    def decoded(
+        self, code: Decoding, gradients: Residuals, errors: Errors, dots: Values, by_latent: tuple[Indices, Ends]
+    ) -> Decoded:
+        """The decoder's step from what `decoder_backward` gives."""
+        order, ends = by_latent
+
+        def grad_W_dec(scale: Tensor | None) -> Tensor:
+            acts = code.acts if scale is None else code.acts * scale
+            return self.sum_rows(gradients.flatten(0, 1), code.bins[order], acts[order], ends)
+
+        return Decoded(errors, dots, grad_W_dec, gradients[:, 0].sum(0))
 
     # --- the optimizer ------------------------------------------------------------------------------------------------
 
@@ -219,9 +273,25 @@ class Plain:
             grad.addcmul_((grad * W).sum(1, keepdim=True), W, value=-1)
         return torch.linalg.vector_norm(grad, dim=1).double().square()
 
-    def adam(self, W: Rows, grad: Rows, moments: Moments, scale: Scalar, rates: Rates, unit_norm: bool) -> None:
-        """Adam's update with the gradient × scale, then rows of unit norm if asked for: one pass over memory."""
+    def adam(
+        self,
+        W: Rows,
+        grad: Rows,
+        moments: Moments,
+        scale: Scalar,
+        rates: Rates,
+        unit_norm: bool,
+        half: Tensor | None = None,
+    ) -> None:
+        """Adam's update with the gradient × scale, then rows of unit norm if asked for: one pass over memory.
+
+        `half` [rows, d], if given, gets the new W in bfloat16.
+        """
         raise NotImplementedError("PyTorch's own Adam takes this place; see can_step")
+
+    def half_of(self, parameter: Tensor) -> Tensor | None:
+        """The bfloat16 copy of a parameter's rows that `factors` multiplies, to be written by `adam`; None: no copy."""
+        return None
 
 
 def _true(flags: Bool[Tensor, " n"]) -> Int[Tensor, " true"]:
@@ -231,3 +301,18 @@ def _true(flags: Bool[Tensor, " n"]) -> Int[Tensor, " true"]:
     eights = flags.view(torch.int64).nonzero()
     row, column = flags.view(-1, 8)[eights.squeeze(1)].nonzero(as_tuple=True)
     return eights.squeeze(1)[row] * 8 + column
+
+
+def sums_by_bin(bins: Indices, values: Tensor, count: int) -> Tensor:
+    """Σ values of each bin, the same each time: of floats a GPU sorts them for index_put_, not for index_add_."""
+    total = values.new_zeros(count)
+    if values.device.type == "cpu" or not values.is_floating_point():
+        return total.index_add_(0, bins, values)
+    return total.index_put_((bins,), values, accumulate=True)
+
+
+def true_places(flags: Bool[Tensor, " n"], number: int) -> Int[Tensor, " number"]:
+    """Where flags are true, ascending; `number` of them are, so that the host need not wait to learn it."""
+    if flags.device.type == "cpu":
+        return flags.nonzero().squeeze(1)
+    return flags.to(torch.uint8).argsort(descending=True, stable=True)[:number]

@@ -9,19 +9,23 @@ import functools
 import importlib
 import math
 from collections.abc import Container
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from msae.sae.fast.plain import Decoding, Moments, Plain, Rates
+from msae.sae.fast.plain import Decoded, Decoding, Moments, Plain, Rates, Weights
 
 TILES: dict[torch.dtype, dict[str, int]] = {  # of the encoder, whose sums take 64 registers a thread
     torch.float32: {"ROWS": 128, "LATENTS": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 3},
     torch.bfloat16: {"ROWS": 128, "LATENTS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
 }
 COLUMNS, AT_ONCE = 256, 8  # columns of a program that gathers rows, and how many rows it loads at once
+PRODUCT, STRETCH = 1 << 26, 1024  # sums held of a product, and how many of a row a program filters
+PLACES = 1 << 32  # entries of a batch that can be told apart beside 32 bits of a value
+HAS_OUT_DTYPE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # of torch.mm, on CUDA
 CHUNK = 1024  # what a program of the optimizer takes of a parameter that has no rows to keep whole
 WIDEST = 1 << 13  # row that a program of the optimizer can hold
 INSTEAD = "use model.kernels=auto"
@@ -67,66 +71,115 @@ def launching(tensor: Tensor, whole: bool) -> tuple[tuple[int], int, dict[str, i
 
 
 def filtered(
-    h: Tensor, W: Tensor, b: Tensor, bar: Tensor, capacity: int
+    h: Tensor, W: Tensor, b: Tensor, bar: Tensor, capacity: int, product: bool = False
 ) -> tuple[Int[Tensor, " capacity"], Float[Tensor, " capacity"], Int[Tensor, ""]]:
-    """As `survivors`, in an order of chance, then zeros; how many there are, which may be more than `capacity`.
+    """As `exceeding`, in an order of chance, then zeros; how many there are, which may be more than `capacity`.
 
-    h and W may be bfloat16: products are added up in float32 all the same.
+    h and W may be bfloat16: products are added up in float32 all the same. One kernel multiplies and filters; with
+    `product` PyTorch multiplies, so many rows at a time that PRODUCT sums are held, and a kernel filters these.
     """
     (batch, d), d_sae = h.shape, len(W)
     if library().INTERPRETED:  # which takes the bits of bfloat16 for whole numbers
         h, W = h.float(), W.float()
     flat, u = h.new_zeros(capacity, dtype=torch.int64), h.new_zeros(capacity, dtype=torch.float32)
-    count, tile = h.new_zeros((), dtype=torch.int64), TILES[h.dtype]
+    out = flat, u, h.new_zeros((), dtype=torch.int64)
+    if product and (h.dtype == torch.float32 or HAS_OUT_DTYPE):
+        rows = max(1, PRODUCT // d_sae)
+        for row in range(0, batch, rows):
+            part = h[row : row + rows]
+            sums = part @ W.T if h.dtype == torch.float32 else torch.mm(part, W.T, out_dtype=torch.float32)
+            stretches = -(-d_sae // STRETCH)
+            library().screen[len(part), stretches](sums, b, bar, *out, row, d_sae, capacity, LATENTS=STRETCH)
+        return out
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    tile = TILES[h.dtype]
     grid = (-(-batch // tile["ROWS"]) * -(-d_sae // tile["LATENTS"]),)
-    arguments = (h, W, b, bar, flat, u, count, batch, d_sae, d, capacity)
-    library().survivors[grid](*arguments, PRECISION=precision, **tile)
-    return flat, u, count
+    library().survivors[grid](h, W, b, bar, *out, batch, d_sae, capacity, D=d, PRECISION=precision, **tile)
+    return out
+
+
+class Half(NamedTuple):
+    """A bfloat16 copy of a parameter's rows, and what tells whether the parameter was written since."""
+
+    rows: Tensor
+    written: tuple[int, int]
 
 
 class Triton(Plain):
-    """`Plain` in Triton; the host waits for the device once in a step, in `Screen.largest`."""
+    """`Plain` in Triton; the host waits for the device once in a step, to learn whether enough was found.
 
-    def factors(self, h: Tensor, W: Tensor, in_bfloat16: bool) -> tuple[Tensor, Tensor]:
-        return (h.bfloat16(), W.bfloat16()) if in_bfloat16 and able(h, W) else (h, W)
+    Two ways where only a GPU can tell which is faster: with `product` PyTorch multiplies by the encoder instead of
+    one kernel that also filters; with `two_passes` each level's residuals are written before any gradient is taken.
+    """
 
-    def survivors(self, h: Tensor, W: Tensor, b: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
+    def __init__(self, product: bool = False, two_passes: bool = False) -> None:
+        self.product, self.two_passes = product, two_passes
+        self._halves = WeakTensorKeyDictionary()
+
+    # --- the encoder --------------------------------------------------------------------------------------------------
+
+    def factors(self, h: Tensor, W_enc: Tensor, in_bfloat16: bool) -> tuple[Tensor, Tensor]:
+        """The copy of W_enc is the one that the optimizer wrote, unless anything else has written W_enc since."""
+        W = W_enc.detach().T
+        if not (in_bfloat16 and able(h, W)):
+            return h, W
+        half, written = self._halves.get(W_enc), (W_enc._version, W_enc.data_ptr())
+        if half is None or half.written != written:
+            half = self._halves[W_enc] = Half(W.bfloat16(), written)
+        return h.bfloat16(), half.rows
+
+    def half_of(self, parameter: Tensor) -> Tensor | None:
+        half = self._halves.get(parameter)
+        if half is None or half.rows.device != parameter.device:
+            return None
+        torch.autograd.graph.increment_version(parameter)  # kernels write without PyTorch's knowing
+        self._halves[parameter] = half._replace(written=(parameter._version, parameter.data_ptr()))
+        return half.rows
+
+    def survivors(
+        self, h: Tensor, W: Tensor, b: Tensor, bar: Tensor, unless: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """Once more where there are more than expected."""
         bar = bar.contiguous()
         if not (able(b, bar) and able(h, W, types=TILES)):
-            return super().survivors(h, W, b, bar)
+            return super().survivors(h, W, b, bar, unless)
         capacity = max(1, len(h) * len(W) // 64)
         while True:
-            flat, u, count = filtered(h, W, b, bar, capacity)
-            if (n := int(count)) <= capacity:
-                return flat[:n], u[:n]
+            flat, u, count = filtered(h, W, b, bar, capacity, self.product)
+            stops = ~u.isfinite().all() if unless is None else unless | ~u.isfinite().all()
+            n, is_none = torch.stack([count, stops.long()]).tolist()
+            if is_none:
+                return None
+            if n <= capacity:
+                flat, order = flat[:n].sort()
+                return flat, u[order]
             capacity = n
 
     def largest(
         self, h: Tensor, W: Tensor, b: Tensor, bar: Tensor, norm: Tensor | None, count: int, capacity: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Without asking the device how many there are: not enough if more than `capacity`, too. NaN is the largest.
+        """Without asking the device how many there are: not enough if more than `capacity`, too.
 
-        The order of chance is undone before anything depends on it: by the first sort the second, a stable one, meets
-        equal values in ascending order, so of these the first are taken.
+        Ranked by one number that no two entries share, the value's bits before the place's, so that the order of chance
+        does not matter: of equal values the first are taken.
         """
-        if not (able(b) and able(h, W, types=TILES)):
+        entries = len(h) * len(W)
+        if entries > PLACES or not (able(b) and able(h, W, types=TILES)):
             return super().largest(h, W, b, bar, norm, count, capacity)
-        flat, u, n = filtered(h, W, b, bar.expand_as(b).contiguous() if norm is None else bar / norm, capacity)
-        flat, u = self.ascending(flat, u)
+        bars = bar.expand_as(b).contiguous() if norm is None else bar / norm
+        flat, u, n = filtered(h, W, b, bars, capacity, self.product)
         ranked = u if norm is None else u * norm[flat % len(W)]
-        kept = ranked.argsort(descending=True, stable=True)[:count]
-        return flat[kept], u[kept], (n >= count) & (n <= capacity)
+        bits = ranked.abs().view(torch.int32).long()  # of positive numbers in the order of these; NaN is the largest
+        kept = ((bits << 32) | (PLACES - 1 - flat)).topk(min(count, capacity), sorted=False).indices
+        places = flat[kept]
+        _, order = (places.int() if entries <= 1 << 31 else places).sort()  # half as many digits
+        return places[order], u[kept][order], (n >= count) & (n <= capacity)
 
-    def ascending(self, flat: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Sorted in any case: to see whether they are, the host would have to wait."""
-        flat, order = flat.sort()
-        return flat, u[order]
+    # --- the decoder --------------------------------------------------------------------------------------------------
 
     def by_latent(self, latents: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
-        ascending, order = latents.sort(stable=True)
-        return order, self.bin_ends(ascending, d_sae)
+        ascending, order = latents.int().sort(stable=True)
+        return order, self.bin_ends(ascending.long(), d_sae)
 
     def bin_ends(self, bins: Tensor, count: int) -> Tensor:
         """Without asking the device how many bins there are."""
@@ -138,22 +191,50 @@ class Triton(Plain):
         (batch, d), (blocks, constants) = target.shape, gathering(target.shape[1])
         levels = (len(code.ends) - 1) // batch
         residuals, squares = target.new_empty(batch, levels, d), target.new_empty(blocks, batch, levels)
-        arguments = (code.acts, code.latents, code.ends, code.W_dec, target, residuals, squares, levels, d)
-        library().residuals[batch, blocks](*arguments, **constants)
+        arguments = (code.acts, code.latents, code.ends, code.W_dec, target, residuals, squares, d)
+        library().residuals[batch, blocks](*arguments, LEVELS=levels, **constants)
         return residuals, squares.double().sum(0).mean(0)
 
     def decoder_backward(
-        self, code: Decoding, residuals: Tensor, weights: list[float], stop_gradient: bool, others: dict[int, Tensor]
+        self, code: Decoding, residuals: Tensor, weights: Weights, stop_gradient: bool, others: dict[int, Tensor]
     ) -> tuple[Tensor, Tensor]:
         if others or not able(residuals, code.W_dec):
             return super().decoder_backward(code, residuals, weights, stop_gradient, others)
         (batch, levels, d), n = residuals.shape, len(code.latents)
         blocks, constants = gathering(d)
         dots = residuals.new_empty(blocks, n)
-        scales = torch.tensor(weights, dtype=residuals.dtype).to(residuals.device, non_blocking=True)
-        arguments = (residuals, scales, code.latents, code.ends, code.W_dec, dots, n, levels, d)
-        library().decoder_backward[batch, blocks](*arguments, STOP_GRADIENT=stop_gradient, **constants)
+        arguments = (residuals, weights.device, code.latents, code.ends, code.W_dec, dots, n, d)
+        flags = {"LEVELS": levels, "STOP_GRADIENT": stop_gradient}
+        library().decoder_backward[batch, blocks](*arguments, **flags, **constants)
         return residuals, dots.sum(0)
+
+    def decode(
+        self,
+        code: Decoding,
+        target: Tensor,
+        weights: Weights,
+        stop_gradient: bool,
+        by_latent: tuple[Tensor, Tensor],
+        outermost: Tensor | None,
+    ) -> Decoded | None:
+        """A program takes its part of the residuals back while it is in cache, with the rows of W_dec."""
+        if self.two_passes or not able(code.acts, code.W_dec, target):
+            return None
+        (batch, d), levels, n = target.shape, len(weights.host), len(code.latents)
+        blocks, constants = gathering(d)
+        gradients, squares = target.new_empty(batch, levels, d), target.new_empty(blocks, batch, levels)
+        dots = target.new_empty(blocks, n)
+        last = target if outermost is None else outermost
+        arguments = (code.acts, code.latents, code.ends, code.W_dec, target, weights.device)
+        flags = {"LEVELS": levels, "STOP_GRADIENT": stop_gradient, "OUTERMOST": outermost is not None}
+        library().decode[batch, blocks](*arguments, gradients, squares, dots, last, n, d, **flags, **constants)
+        return self.decoded(code, gradients, squares.double().sum(0).mean(0), dots.sum(0), by_latent)
+
+    def sums(self, bins: Tensor, values: Tensor, by_bin: tuple[Tensor, Tensor]) -> Tensor:
+        """As rows of one number."""
+        order, ends = by_bin
+        one, place = values.new_ones(1, 1), torch.zeros_like(bins)
+        return self.sum_rows(one, place, values[order], ends)[:, 0]
 
     def sum_rows(self, table: Tensor, index: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         """Always in the same order."""
@@ -176,10 +257,18 @@ class Triton(Plain):
         library().project[grid](*arguments, ALONG=W is not None, **constants)
         return squares.double()
 
-    def adam(self, W: Tensor, grad: Tensor, moments: Moments, scale: Tensor, rates: Rates, unit_norm: bool) -> None:
+    def adam(
+        self,
+        W: Tensor,
+        grad: Tensor,
+        moments: Moments,
+        scale: Tensor,
+        rates: Rates,
+        unit_norm: bool,
+        half: Tensor | None = None,
+    ) -> None:
         (lr, beta1, beta2, eps), (grid, d, constants) = rates, launching(W, unit_norm)
         logs = (math.log2(beta) if beta else -math.inf for beta in (beta1, beta2))
         numbers = (W.numel(), d, lr, eps, *logs, 1 - beta1, beta2, 1 - beta2)
-        library().adam[grid](
-            W, grad, moments.mean, moments.square_mean, scale, moments.step, *numbers, UNIT_NORM=unit_norm, **constants
-        )
+        tensors = (W, grad, moments.mean, moments.square_mean, W if half is None else half, scale, moments.step)
+        library().adam[grid](*tensors, *numbers, UNIT_NORM=unit_norm, HALF=half is not None, **constants)

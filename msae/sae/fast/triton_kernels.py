@@ -30,8 +30,8 @@ def store_survivors(sums, row, latent, b, bar, flat, values, count, batch, d_sae
 @triton.jit
 @no_type_check
 def survivors(
-    h,  # [batch, d], float32 or bfloat16, as W
-    W,  # [d_sae, d]
+    h,  # [batch, D], float32 or bfloat16, as W
+    W,  # [d_sae, D]
     b,  # [d_sae]
     bar,  # [d_sae]
     flat,  # [capacity], out
@@ -39,8 +39,8 @@ def survivors(
     count,  # [], in: 0, out: how many survive, whether there is room for them or not
     batch,
     d_sae,
-    d,
     capacity,
+    D: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     LATENTS: tl.constexpr,
@@ -55,11 +55,11 @@ def survivors(
     latent = tl.program_id(0) // down * LATENTS + tl.arange(0, LATENTS)
     column = tl.arange(0, DEPTH)
     # rows and latents beyond the last wrap around to the first: one mask less in the loop
-    from_h = h + (row % batch).to(tl.int64)[:, None] * d + column[None, :]
-    from_W = W + (latent % d_sae).to(tl.int64)[None, :] * d + column[:, None]
+    from_h = h + (row % batch).to(tl.int64)[:, None] * D + column[None, :]
+    from_W = W + (latent % d_sae).to(tl.int64)[None, :] * D + column[:, None]
     sums = tl.zeros((ROWS, LATENTS), tl.float32)
-    for start in range(0, d, DEPTH):
-        inside = column < d - start
+    for start in range(0, D, DEPTH):
+        inside = column < D - start
         inputs = tl.load(from_h + start, inside[None, :], 0.0)
         directions = tl.load(from_W + start, inside[:, None], 0.0)
         sums = tl.dot(inputs, directions, sums, input_precision=PRECISION)
@@ -75,16 +75,46 @@ def survivors(
 
 @triton.jit
 @no_type_check
+def screen(
+    sums,  # [rows, d_sae], h Wᵀ of some rows
+    b,  # [d_sae]
+    bar,  # [d_sae]
+    flat,  # [capacity], out
+    values,  # [capacity], out
+    count,  # [], in and out
+    first,  # number of the first row
+    d_sae,
+    capacity,
+    LATENTS: tl.constexpr,
+):
+    """A stretch of one row, compared with its bars."""
+    row = tl.program_id(0).to(tl.int64)
+    latent = tl.program_id(1) * LATENTS + tl.arange(0, LATENTS)
+    is_latent = latent < d_sae
+    u = tl.load(sums + row * d_sae + latent, is_latent, 0.0) + tl.load(b + latent, is_latent, 0.0)
+    is_below = u <= tl.load(bar + latent, is_latent, 0.0)  # not >: NaN survives
+    keep = ~is_below & is_latent
+    rank = tl.cumsum(keep.to(tl.int32), 0)
+    begin = tl.atomic_add(count, tl.max(rank, 0).to(tl.int64))
+    slot = begin + rank - 1
+    stored = keep & (slot < capacity)
+    tl.store(flat + slot, (first + row) * d_sae + latent, stored)
+    tl.store(values + slot, u, stored)
+
+
+@triton.jit
+@no_type_check
 def weighted_rows(table, index, weights, entry, end, column, inside, d, AT_ONCE: tl.constexpr):
     """Σ weights · table[index] over the entries from `entry` to `end`, in an order that only they decide."""
     sums = tl.zeros(column.shape, tl.float32)
-    for first in range(entry, end, AT_ONCE):
-        entries = first + tl.arange(0, AT_ONCE)
+    while entry < end:  # a range of loaded numbers fails in the interpreter of some versions
+        entries = entry + tl.arange(0, AT_ONCE)
         is_entry = entries < end
         rows = tl.load(index + entries, is_entry, 0)
         weight = tl.load(weights + entries, is_entry, 0.0)
         mask = is_entry[:, None] & inside[None, :]
         sums += tl.sum(weight[:, None] * tl.load(table + rows[:, None] * d + column[None, :], mask, 0.0), 0)
+        entry += AT_ONCE
     return sums
 
 
@@ -111,6 +141,48 @@ def sum_rows(
 
 @triton.jit
 @no_type_check
+def forward(
+    acts, latents, ends, W_dec, target, residuals, squares, d, row, block, column, inside, LEVELS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Residuals of one row, level by level, in some columns, and their squares; the last residual is returned."""
+    residual = tl.load(target + row * d + column, inside, 0.0)
+    for level in range(LEVELS):
+        bin = row * LEVELS + level
+        entry, end = tl.load(ends + bin), tl.load(ends + bin + 1)
+        residual -= weighted_rows(W_dec, latents, acts, entry, end, column, inside, d, AT_ONCE)
+        tl.store(residuals + bin * d + column, residual, inside)
+        tl.store(squares + block * tl.num_programs(0) * LEVELS + bin, tl.sum(residual * residual, 0))
+    return residual
+
+
+@triton.jit
+@no_type_check
+def backward(
+    residuals, weights, latents, ends, W_dec, dots, n, d, row, block, column, inside, LEVELS: tl.constexpr,
+    STOP_GRADIENT: tl.constexpr, COLUMNS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one row in place of its residuals, from the outermost level inwards; and each entry's product."""
+    gradient = tl.zeros((COLUMNS,), tl.float32)
+    for inwards in range(LEVELS):
+        level = LEVELS - 1 - inwards
+        bin = row * LEVELS + level
+        of_level = tl.load(residuals + bin * d + column, inside, 0.0) * tl.load(weights + level)
+        gradient = of_level if STOP_GRADIENT else gradient + of_level
+        tl.store(residuals + bin * d + column, gradient, inside)
+        entry, end = tl.load(ends + bin), tl.load(ends + bin + 1)
+        while entry < end:
+            entries = entry + tl.arange(0, AT_ONCE)
+            is_entry = entries < end
+            rows = tl.load(latents + entries, is_entry, 0)
+            mask = is_entry[:, None] & inside[None, :]
+            directions = tl.load(W_dec + rows[:, None] * d + column[None, :], mask, 0.0)
+            tl.store(dots + block.to(tl.int64) * n + entries, tl.sum(directions * gradient[None, :], 1), is_entry)
+            entry += AT_ONCE
+
+
+@triton.jit
+@no_type_check
 def residuals(
     acts,  # [n]
     latents,  # [n]
@@ -119,8 +191,8 @@ def residuals(
     target,  # [batch, d]
     residuals,  # [batch, levels, d], out
     squares,  # [blocks, batch, levels], out
-    levels,
     d,
+    LEVELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
@@ -128,13 +200,7 @@ def residuals(
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < d
-    residual = tl.load(target + row * d + column, inside, 0.0)
-    for level in range(levels):
-        bin = row * levels + level
-        entry, end = tl.load(ends + bin), tl.load(ends + bin + 1)
-        residual -= weighted_rows(W_dec, latents, acts, entry, end, column, inside, d, AT_ONCE)
-        tl.store(residuals + bin * d + column, residual, inside)
-        tl.store(squares + block * tl.num_programs(0) * levels + bin, tl.sum(residual * residual, 0))
+    forward(acts, latents, ends, W_dec, target, residuals, squares, d, row, block, column, inside, LEVELS, AT_ONCE)
 
 
 @triton.jit
@@ -147,8 +213,8 @@ def decoder_backward(
     W_dec,  # [d_sae, d]
     dots,  # [blocks, n], out
     n,
-    levels,
     d,
+    LEVELS: tl.constexpr,
     STOP_GRADIENT: tl.constexpr,
     COLUMNS: tl.constexpr,
     AT_ONCE: tl.constexpr,
@@ -157,21 +223,47 @@ def decoder_backward(
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < d
-    gradient = tl.zeros((COLUMNS,), tl.float32)
-    for inwards in range(levels):
-        level = levels - 1 - inwards
-        bin = row * levels + level
-        of_level = tl.load(residuals + bin * d + column, inside, 0.0) * tl.load(weights + level)
-        gradient = of_level if STOP_GRADIENT else gradient + of_level
-        tl.store(residuals + bin * d + column, gradient, inside)
-        entry, end = tl.load(ends + bin), tl.load(ends + bin + 1)
-        for first in range(entry, end, AT_ONCE):
-            entries = first + tl.arange(0, AT_ONCE)
-            is_entry = entries < end
-            rows = tl.load(latents + entries, is_entry, 0)
-            mask = is_entry[:, None] & inside[None, :]
-            directions = tl.load(W_dec + rows[:, None] * d + column[None, :], mask, 0.0)
-            tl.store(dots + block.to(tl.int64) * n + entries, tl.sum(directions * gradient[None, :], 1), is_entry)
+    backward(
+        residuals, weights, latents, ends, W_dec, dots, n, d, row, block, column, inside, LEVELS, STOP_GRADIENT,
+        COLUMNS, AT_ONCE,
+    )  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def decode(
+    acts,  # [n]
+    latents,  # [n]
+    ends,  # [batch · levels + 1]
+    W_dec,  # [d_sae, d]
+    target,  # [batch, d]
+    weights,  # [levels]
+    gradients,  # [batch, levels, d], out
+    squares,  # [blocks, batch, levels], out
+    dots,  # [blocks, n], out
+    outermost,  # [batch, d], out
+    n,
+    d,
+    LEVELS: tl.constexpr,
+    STOP_GRADIENT: tl.constexpr,
+    OUTERMOST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """A block of columns of one row, level by level and back."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < d
+    residual = forward(
+        acts, latents, ends, W_dec, target, gradients, squares, d, row, block, column, inside, LEVELS, AT_ONCE
+    )
+    if OUTERMOST:
+        tl.store(outermost + row * d + column, residual, inside)
+    tl.debug_barrier()  # the same program reads what it has just written
+    backward(
+        gradients, weights, latents, ends, W_dec, dots, n, d, row, block, column, inside, LEVELS, STOP_GRADIENT,
+        COLUMNS, AT_ONCE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -205,6 +297,7 @@ def adam(
     grad,
     mean,
     square_mean,
+    half,  # out, if HALF: W in bfloat16
     scale,  # [], float64
     step,  # []
     size,
@@ -217,6 +310,7 @@ def adam(
     beta2,
     new2,
     UNIT_NORM: tl.constexpr,
+    HALF: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """One row, or a stretch of d numbers."""
@@ -237,6 +331,8 @@ def adam(
     tl.store(mean + at, m, inside)
     tl.store(square_mean + at, v, inside)
     tl.store(W + at, w, inside)
+    if HALF:
+        tl.store(half + at, w.to(tl.bfloat16), inside)
 
 
 INTERPRETED = not isinstance(survivors, triton.JITFunction)  # TRITON_INTERPRET=1
