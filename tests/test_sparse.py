@@ -169,6 +169,19 @@ def test_a_batch_without_an_active_latent(sparsity, kernels) -> None:
 
 
 @every_kernel
+def test_a_residual_that_is_trained_too_is_not_trained_by_dead_latents_that_are_silent(kernels) -> None:
+    sae, x = tall(kernels)
+    dead = some_dead(sae)
+    with torch.no_grad():
+        sae.b_enc[dead] = -100.0
+    _, expected = assert_same_step(sae, x, kernels)
+    aux = Objective(aux=AuxK(k=8, detach=False, coefficient=1.0))
+    _, grads = assert_same_step(sae, x, kernels, aux, dead=dead)
+    assert float(matryoshka_loss(sae, x, aux, dead).aux) == 0
+    assert_same_gradients(grads, expected)
+
+
+@every_kernel
 def test_of_equal_pre_activations_just_enough_are_kept(kernels) -> None:
     """Which of them is arbitrary, so the dense step is given the same choice."""
     sae, x = tall(kernels, k=3, n=64)

@@ -120,6 +120,15 @@ def test_of_equal_values_the_first_are_kept_however_the_buffer_is_ordered(scaled
     assert not TRITON.largest(h, W, b, bar - 1.5, norm, passing + 1, 600)[2]
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_that_is_none_is_the_largest_whatever_its_sign(sign) -> None:
+    h, W, b = whole_numbers(20, 5, 33)
+    b[7] = torch.tensor(torch.nan).copysign(torch.tensor(float(sign)))
+    flat, u, is_enough = TRITON.largest(h, W, b, torch.tensor(1.0, device=DEVICE), None, 50, 660)
+    assert is_enough
+    assert int(u.isnan().sum()) == int((flat % 33 == 7).sum()) == 20
+
+
 @pytest.mark.parametrize("rescaled", [False, True])
 def test_where_more_pass_than_had_room_the_next_bar_is_tried_then_the_dense_step(rescaled, monkeypatch) -> None:
     sae, x = tall("triton", rescale_acts_by_decoder_norm=rescaled)
@@ -221,6 +230,7 @@ def test_the_host_waits_once_in_a_whole_step(kernels, monkeypatch) -> None:
     optimizer = DictionaryAdam(sae, 1e-3)
     dead = Dead(some_dead(sae))
     dead._sent, dead._number = Mock(), int(dead.mask.sum())  # as from a GPU
+    expected = matryoshka_loss(sae, x, code=sparse_encode(sae, x, "triton"), dead=dead.mask).aux
     looks, tolist = [], Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda t: (looks.append(t.dtype), tolist(t))[1])
     waits = Waits()
@@ -228,7 +238,7 @@ def test_the_host_waits_once_in_a_whole_step(kernels, monkeypatch) -> None:
         code = sparse_encode(sae, x, "triton")
         assert looks == [torch.bool]
         loss = matryoshka_loss(sae, x, code=code, dead=dead)
-    assert loss.aux > 0
+    assert_close(loss.aux, expected)
     loss.total.backward()  # hands the gradients over; on a CPU alone it looks at its own
     with waits:
         sae.update_threshold(code.acts, 0.01)

@@ -132,7 +132,6 @@ class Triton(Plain):
         half = self._halves.get(parameter)
         if half is None or half.rows.device != parameter.device:
             return None
-        torch.autograd.graph.increment_version(parameter)  # kernels write without PyTorch's knowing
         self._halves[parameter] = half._replace(written=(parameter._version, parameter.data_ptr()))
         return half.rows
 
