@@ -1,9 +1,11 @@
 """Rows a second, memory, cold reads and the quality of the shuffle of the reader of shards (msae.data.batches).
 
     python benchmarks/reader.py [--rows 1048576] [--d-in 768] [--batch 4096] [--rounds 5] [--threads 1 2 4]
+    python benchmarks/reader.py --only speed --device cuda      # and what arrives on a GPU
 
 Shards are made in a temporary directory (`--directory` says where), chunk by chunk as a harvest writes them. The
-alternatives of a table run in turn, round by round; medians are printed. No accelerator is used.
+alternatives of a table run in turn, round by round; medians are printed. With --device cuda our batches are copied to
+the GPU too, from pinned memory as training does it and from pageable memory, and each copy is waited for.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -25,7 +28,8 @@ import torch
 from machine import resident
 from torch import Tensor
 
-from msae.data.batches import TrainBatches
+from msae.data import batches as of_msae
+from msae.data.batches import TrainBatches, moved
 from msae.data.harvest import harvest
 from msae.data.order import ShardOrder
 from msae.data.shards import Shards
@@ -137,6 +141,30 @@ def reader(shards: Shards, batch: int, threads: int = 2, order: str | None = Non
     return batches
 
 
+def arriving(batches: Iterable[Tensor], device: str) -> Iterator[Tensor]:
+    """The batches on a device, each once it is there."""
+    like: Tensor | None = None
+    for batch in batches:
+        like = torch.empty(0, dtype=batch.dtype, device=device) if like is None else like
+        arrived = moved(batch, like)
+        if arrived.is_cuda:
+            torch.cuda.synchronize()
+        yield arrived
+
+
+@contextmanager
+def pageable() -> Iterator[None]:
+    """Batches in memory that is not pinned, for a while."""
+    with patch.object(of_msae, "room_for", lambda n, rows: torch.empty(n, rows.d_in, dtype=rows.dtype)):
+        yield
+
+
+def from_pageable(batches: Iterable[Tensor], device: str) -> Iterator[Tensor]:
+    """The batches on a device, from memory that is not pinned."""
+    with pageable():
+        yield from arriving(batches, device)
+
+
 def in_file_order(shards: Shards, batch: int) -> Iterator[Tensor]:
     """A plain memory map, block after block."""
     for shard in range(len(shards.rows("train"))):
@@ -167,19 +195,24 @@ def rows_per_second(batches: Iterable[Tensor]) -> float:
     return rows / (time.perf_counter() - start)
 
 
-def throughput(shards: Shards, many: Shards, small: Shards, batch: int, threads: list[int], rounds: int) -> None:
+def throughput(
+    shards: Shards, many: Shards, small: Shards, batch: int, threads: list[int], rounds: int, device: str
+) -> None:
     ways: Ways = {
         "memory map in file order": partial(in_file_order, shards, batch),
         "one permutation of all rows": partial(perfectly_shuffled, shards, batch),
     }
     for kind, of in {"": shards, f", {len(many.rows('train'))} shards": many, ", int8": small}.items():
         for n in threads:
-            ways[f"ours, {n} threads{kind}"] = partial(reader, of, batch, n)
+            ways[f"ours, {n} threads{kind}"] = ours = partial(reader, of, batch, n)
+            if device != "cpu":
+                ways[f"ours, {n} threads{kind}, to the GPU"] = lambda ours=ours: arriving(ours(), device)
+                ways[f"… from pageable memory, {n}{kind}"] = lambda ours=ours: from_pageable(ours(), device)
     rates = [{name: rows_per_second(way()) / 1e6 for name, way in ways.items()} for _ in range(rounds)]
-    print(f"\n{'':32}million rows/s from page cache (least … most)")
+    print(f"\n{'':44}million rows/s from page cache (least … most)")
     for name in ways:
         middle, low, high = (f(rate[name] for rate in rates) for f in (statistics.median, min, max))
-        print(f"{name:32}{middle:5.2f} ({low:.2f} … {high:.2f})")
+        print(f"{name:44}{middle:5.2f} ({low:.2f} … {high:.2f})")
 
 
 def peak_memory(shards: Shards, batch: int) -> None:
@@ -279,11 +312,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--orders", nargs="*", default=["256x64"], help="other block and pool sizes to compare")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where batches go, for speed")
     parser.add_argument("--directory", help="where the temporary directory is made")
     parts = ["speed", "memory", "cold", "quality"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--memory", help="measure the memory that an epoch of these shards takes, in this process")
     a = parser.parse_args()
+    if a.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU; use --device cpu")
+    if a.device == "cuda":
+        torch.cuda.init()  # the reader pins its batches where CUDA is in use
     keep_freed_memory()  # as training does
     if a.memory:
         return peak_memory(Shards(a.memory), a.batch)
@@ -294,7 +332,7 @@ def main() -> None:
             shards = warm(make(root, a.rows, a.d_in))
             many = warm(make(root, a.rows // 4, a.d_in, torch.bfloat16, True, a.batch // 4))
             small = warm(make(root, a.rows, a.d_in, torch.int8))
-            throughput(shards, many, small, a.batch, a.threads, a.rounds)
+            throughput(shards, many, small, a.batch, a.threads, a.rounds, a.device)
             del shards, many, small  # what is mapped is not evicted
         if "memory" in a.only:
             print("\nMB of data    private     mapped (the most of an epoch, above the start)", flush=True)

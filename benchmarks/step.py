@@ -77,14 +77,14 @@ def msae_step(kernels: str, s: Settings, start: Start, bf16: bool) -> Step:
     moment = Moment(0, total=10**6)
     optimizer = step.prepare(moment.total)
 
-    def run() -> tuple[float, float]:
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
         optimizer.zero_grad()
         with torch.autocast(start.x.device.type, torch.bfloat16, enabled=bf16):
             loss = step.loss(start.x, start.x, moment).loss
         loss.total.backward()
         optimizer.step()
         step.after_update()
-        return float(loss.total.detach()), float(loss.aux)
+        return loss.total.detach(), loss.aux
 
     return Step(run, lambda: step.dead(s.batch), parameters, optimizer)
 
@@ -142,8 +142,8 @@ def turn(step: Step, start: Start, n: int) -> dict[str, Any]:
         if start.x.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
-        losses.append(loss)
-        auxiliary.append(aux)
+        losses.append(float(loss))
+        auxiliary.append(float(aux))
     cores = (time.process_time() - cpu) / sum(times[WARM_STEPS:])
     if step.parameters:
         assert all(map(math.isfinite, losses)), f"losses {losses} are not finite"

@@ -18,9 +18,9 @@ pytestmark = NO_TRITON
 IS_REAL = DEVICE == "cuda"
 SIZES = [(768, 24_576, 4096), (2304, 65_536, 4096)] if IS_REAL else [(12, 32, 14)]  # d_in, d_sae, batch
 WAYS = {
-    "one kernel, one pass": Triton(),
+    "one_kernel_one_pass": Triton(),
     "product": Triton(product=True),
-    "two passes": Triton(two_passes=True),
+    "two_passes": Triton(two_passes=True),
 }
 
 
@@ -68,7 +68,7 @@ def densely(sae: MatryoshkaSAE, x: Tensor, code: TrainingCode) -> DenseCode:
 
 
 @pytest.mark.parametrize("in_bfloat16", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("share", [0.0, 0.1], ids=["none dead", "a tenth dead"])
+@pytest.mark.parametrize("share", [0.0, 0.1], ids=["none_dead", "a_tenth_dead"])
 def test_loss_and_gradients_are_those_of_the_dense_step(example, way, in_bfloat16, share) -> None:
     sae, x = example
     dead = (torch.rand(sae.d_sae, generator=torch.Generator().manual_seed(1)) < share).to(DEVICE)

@@ -22,7 +22,7 @@ FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 class Settings:
     """Sizes of a step; `dead` is the share of the latents that is dead, which turns AuxK on.
 
-    `lr` is so small that weights stay almost where they are.
+    `lr` is so small that weights stay almost where they are. `bf16`: autocast, where a package has it as an option.
     """
 
     d_in: int
@@ -31,6 +31,7 @@ class Settings:
     k: int
     dead: float
     lr: float = 1e-5
+    bf16: bool = False
 
     @property
     def prefixes(self) -> list[int]:
@@ -54,9 +55,12 @@ class Start(NamedTuple):
 
 
 class Step(NamedTuple):
-    """run() takes one step and returns (loss, AuxK's loss); dead() is the mask that the next step will use."""
+    """run() takes one step and returns (loss, AuxK's loss); dead() is the mask that the next step will use.
 
-    run: Callable[[], tuple[float, float]]
+    Losses that lie on a GPU stay there, so that none is waited for but by a trainer itself.
+    """
+
+    run: Callable[[], tuple[Tensor | float, Tensor | float]]
     dead: Callable[[], Tensor]
     parameters: dict[str, nn.Parameter]
     optimizer: Any
@@ -102,7 +106,10 @@ def saelens(s: Settings, start: Start) -> Step:
     )
     from sae_lens.training.sae_trainer import SAETrainer
 
-    config = MatryoshkaBatchTopKTrainingSAEConfig(d_in=s.d_in, d_sae=s.d_sae, matryoshka_widths=s.prefixes, k=s.k)
+    device = str(start.x.device)
+    config = MatryoshkaBatchTopKTrainingSAEConfig(
+        d_in=s.d_in, d_sae=s.d_sae, matryoshka_widths=s.prefixes, k=s.k, device=device
+    )
     sae = MatryoshkaBatchTopKTrainingSAE(config)
     parameters = begin(sae, start)
     trainer = SAETrainer(
@@ -113,17 +120,19 @@ def saelens(s: Settings, start: Start) -> Step:
             lr_end=s.lr,
             dead_feature_window=s.dead_after_steps,
             logger=LoggingConfig(log_to_wandb=False),
+            device=device,
+            autocast=s.bf16,
         ),
         sae,
         iter(()),
     )
     trainer.n_forward_passes_since_fired[start.dead] = s.dead_after_steps + 1
 
-    def run() -> tuple[float, float]:
+    def run() -> tuple[Tensor, Tensor]:
         trainer.maybe_reset_sparsity()
         output = trainer.step(start.x)
         trainer.n_training_steps += 1
-        return float(output.loss.detach()), float(output.losses["auxiliary_reconstruction_loss"].detach())
+        return output.loss.detach(), output.losses["auxiliary_reconstruction_loss"].detach()
 
     return Step(run, lambda: trainer.dead_neurons, parameters, trainer.optimizer)
 
@@ -133,16 +142,16 @@ def dictionary_learning(s: Settings, start: Start) -> Step:
     from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
 
     fractions = [b - a for a, b in pairwise([0.0, *FRACTIONS])]
-    options = {"group_fractions": fractions, "lr": s.lr, "warmup_steps": 0, "device": "cpu"}
+    options = {"group_fractions": fractions, "lr": s.lr, "warmup_steps": 0, "device": str(start.x.device)}
     trainer = MatryoshkaBatchTopKTrainer(10**6, s.d_in, s.d_sae, s.k, 0, "none", **options)
     assert trainer.group_sizes == [b - a for a, b in pairwise([0, *s.prefixes])]
     parameters = begin(trainer.ae, start)
     trainer.num_tokens_since_fired[start.dead] = DEAD_AFTER_TOKENS
 
-    def run() -> tuple[float, float]:
+    def run() -> tuple[float, Tensor | float]:
         loss = trainer.update(trainer.threshold_start_step + 1, start.x)
         auxiliary = trainer.pre_norm_auxk_loss  # a tensor, or -1 where it is off
-        return loss, float(auxiliary.detach()) if isinstance(auxiliary, Tensor) else 0.0
+        return loss, auxiliary.detach() if isinstance(auxiliary, Tensor) else 0.0
 
     def dead() -> Tensor:
         return trainer.num_tokens_since_fired >= trainer.dead_feature_threshold
@@ -153,17 +162,20 @@ def dictionary_learning(s: Settings, start: Start) -> Step:
 def sparsify(s: Settings, start: Start, adam: bool = False) -> Step:
     """SparseCoder in the order of `Trainer.fit`, which is one function and needs a language model; TopK, one prefix.
 
-    Its decoder is the one without Triton. AuxK by 1/32 where latents are dead (its default is none). Its optimizer is
+    On a CPU its decoder is the one without Triton; on a GPU it chooses, and autocasts by itself. AuxK by 1/32 where
+    latents are dead (its default is none). Its optimizer is
     its default, schedule-free sign descent, or with `adam` that of its optimizer=adam where there is no bitsandbytes.
     """
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    on_cpu = start.x.device.type == "cpu"
+    if on_cpu:
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from schedulefree import ScheduleFreeWrapper
     from sparsify import SparseCoder, SparseCoderConfig
     from sparsify.sign_sgd import SignSGD
     from sparsify.utils import decoder_impl
 
-    assert decoder_impl.__name__ == "eager_decode"
-    sae = SparseCoder(s.d_in, SparseCoderConfig(num_latents=s.d_sae, k=s.k))
+    assert not on_cpu or decoder_impl.__name__ == "eager_decode"
+    sae = SparseCoder(s.d_in, SparseCoderConfig(num_latents=s.d_sae, k=s.k), device=start.x.device)
     with torch.no_grad():
         sae.encoder.weight.copy_(start.W_enc.T)
         sae.W_dec.copy_(start.W_dec)
@@ -178,14 +190,14 @@ def sparsify(s: Settings, start: Start, adam: bool = False) -> Step:
     silent = torch.where(start.dead, DEAD_AFTER_TOKENS + 1, 0)
     fired = torch.zeros_like(start.dead)
 
-    def run() -> tuple[float, float]:
+    def run() -> tuple[Tensor, Tensor]:
         sae.set_decoder_norm_to_unit_norm()
         mask = silent > DEAD_AFTER_TOKENS if alpha else None
         variance = (start.x - start.x.mean(0)).pow(2).sum()
         out = sae(x=start.x, y=start.x, dead_mask=mask, total_variance=variance)
         fired[out.latent_indices.flatten()] = True
         loss = out.fvu + alpha * out.auxk_loss + out.multi_topk_fvu / 8
-        losses = float(loss.detach()), float(out.auxk_loss.detach())
+        losses = loss.detach(), out.auxk_loss.detach()
         loss.backward()
         sae.remove_gradient_parallel_to_decoder_directions()
         optimizer.step()
