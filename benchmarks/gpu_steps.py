@@ -38,6 +38,7 @@ VARIANTS = {
     "triton": Triton(),
     "triton, product by PyTorch": Triton(product=True),
     "triton, two passes": Triton(two_passes=True),
+    "triton, 128 registers": Triton(registers=128),
 }
 PEERS = ("saelens", "sparsify")
 GIB = 2**30
@@ -55,15 +56,14 @@ def exactness(scale: Scale, report: Report) -> None:
     a CPU the first of these at tiny sizes, in Triton's interpreter: the test suite has the others.
     """
     real = ["tests/test_real_sizes.py", *scale.pick([], ["-k", "one_pass and none or optimizer"])]
-    rest = [
-        "tests/test_triton.py",
-        "tests/test_sparse.py",
-        "tests/test_adam.py",
-        "-k",
-        "not plain and not compiled",
-    ]
+    rest = ["tests/test_triton.py", "tests/test_sparse.py", "tests/test_adam.py"]
+    rest += ["-k", "(triton or optimizer or update) and not compiles_for_gpus"]
     for name, tests in {"at real sizes": real, **({} if scale.is_tiny else {"of every variant": rest})}.items():
-        passed, failed, skipped = tests_of(tests, scale, report.left())
+        try:
+            passed, failed, skipped = tests_of(tests, scale, report.left() - 3)
+        except subprocess.TimeoutExpired:
+            report.row(f"tests {name}", ok=False, not_done="no time left")
+            return
         report.row(f"tests {name}", ok=passed > 0 and not failed, passed=passed, failed=len(failed), skipped=skipped)
         for test in failed:
             report.row(test, ok=False)
@@ -73,8 +73,9 @@ def tests_of(tests: list[str], scale: Scale, seconds: float) -> tuple[int, list[
     """How many pass, the names of those that fail, and how many are skipped."""
     with tempfile.TemporaryDirectory() as directory:
         results = Path(directory) / "results.xml"
-        workers = ["-n", "8"] if not scale.is_tiny and importlib.util.find_spec("xdist") else []
-        options = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "--junitxml", str(results), *workers]
+        workers = ["-n", "4"] if not scale.is_tiny and importlib.util.find_spec("xdist") else []
+        settings = ["-o", "addopts=", "-o", "filterwarnings=default"]  # a warning of the machine's is no inexactness
+        options = [*settings, "-p", "no:cacheprovider", "-q", "--junitxml", str(results), *workers]
         result = subprocess.run(
             [sys.executable, "-m", "pytest", *options, *tests],
             cwd=REPOSITORY,
@@ -149,8 +150,9 @@ def one_size(
         try:
             run = runner(scale, name, start, step, dtype)
             time_of_step = seconds(scale, run, 8)
-        except torch.OutOfMemoryError:
-            report.row(f"{size}: {name}", does_not_fit=True)
+        except Exception as error:  # of a package that does not fit its others, say: the next one goes on
+            report.row(f"{size}: {name}", ok=None if name in PEERS else False, error=first_line(error))
+            release()
             continue
         finally:
             run = None  # its weights, gradients and averages
@@ -287,7 +289,7 @@ def compiled(scale: Scale, report: Report) -> None:
         milliseconds = 1e3 * seconds(scale, ours(scale, of_dense, "dense", start.x), count)
         report.row("dense step, its loss by torch.compile", ms=milliseconds)
     except Exception as error:
-        report.row("dense step, its loss by torch.compile", ok=False, error=first_line(error))
+        report.row("dense step, its loss by torch.compile", error=first_line(error))
 
 
 def captured(scale: Scale, report: Report, step: TrainingStep, x: torch.Tensor, count: int) -> None:
@@ -373,9 +375,15 @@ def profile(scale: Scale, report: Report) -> None:
     trace = Path(os.environ.get("MSAE_TRACES", tempfile.gettempdir())) / "sparse_step.json.gz"
     profiled.export_chrome_trace(str(trace))
     of_device = "self_cpu_time_total" if scale.is_tiny else "self_device_time_total"
-    events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, of_device))
+    events = [event for event in profiled.key_averages() if scale.is_tiny or is_kernel(event)]
+    events.sort(key=lambda event: -getattr(event, of_device))
     total = sum(getattr(event, of_device) for event in events) / 1e6
     report.row("ten sparse steps", ms_each=1e3 * whole / count, busy=total / whole, trace=trace.name)
     for event in events[:12]:
         of_event = getattr(event, of_device) / 1e6
         report.row(event.key[:60], share=of_event / total, ms=1e3 * of_event / count, calls=event.count / count)
+
+
+def is_kernel(event: Any) -> bool:
+    """Whether it is one that the device computed, not an operator that launched it or a name for a stretch of time."""
+    return event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation

@@ -12,7 +12,7 @@ from msae.sae.fast import KERNELS
 from msae.sae.fast.code import TrainingCode, sparse_encode
 from msae.sae.fast.triton import Triton
 from tests.device import DEVICE
-from tests.test_sparse import NO_TRITON, assert_same_gradients, gradients
+from tests.gradients import NO_TRITON, assert_same_gradients, gradients
 
 pytestmark = NO_TRITON
 IS_REAL = DEVICE == "cuda"
@@ -76,7 +76,8 @@ def test_loss_and_gradients_are_those_of_the_dense_step(example, way, in_bfloat1
     dense = densely(sae, x, code)
     chosen = dense.acts.detach() > 0
     assert len(code.latents) == round(sae.k * len(x)) == int(chosen.sum())
-    assert dense.pre[chosen].min() >= dense.pre[~chosen].max() - 1e-4
+    pre = dense.pre.detach()
+    assert pre[chosen].min() >= torch.where(chosen, -torch.inf, pre).max() - 1e-4
     assert (code.offsets.diff() == 0).any()  # a row with nothing active
     torch.testing.assert_close(code.u, dense.pre[code.rows, code.latents].detach(), rtol=1e-4, atol=1e-4)
     sparse_loss = matryoshka_loss(sae, x, dead=dead, code=code)
@@ -87,7 +88,8 @@ def test_loss_and_gradients_are_those_of_the_dense_step(example, way, in_bfloat1
     auxk_in_bfloat16 = in_bfloat16 and share > 0
     torch.testing.assert_close(sparse_loss.aux, dense_loss.aux, rtol=1e-2 if auxk_in_bfloat16 else 1e-4, atol=0)
     assert bool(sparse_loss.aux > 0) == (share > 0)
-    assert_same_gradients(actual, expected, 2e-2 if auxk_in_bfloat16 else 1e-4)
+    # which dead latents are the largest may differ by rounding, too
+    assert_same_gradients(actual, expected, 2e-2 if auxk_in_bfloat16 else 5e-4 if share else 1e-4)
 
 
 @pytest.mark.parametrize("in_bfloat16", [False, True], ids=["float32", "bfloat16"])

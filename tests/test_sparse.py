@@ -12,9 +12,9 @@ from msae.sae.fast import KERNELS as FAST
 from msae.sae.fast import plain, triton
 from msae.sae.fast.code import TrainingCode, sparse_encode
 from tests.device import device_of
+from tests.gradients import NO_TRITON, assert_same_gradients, gradients
 from tests.test_variants import Example, variants
 
-NO_TRITON = pytest.mark.skipif(triton.library() is None, reason="triton is not installed")
 KERNELS = ["plain", "compiled", pytest.param("triton", marks=NO_TRITON)]
 DEFAULT = Objective()
 every_kernel = pytest.mark.parametrize("kernels", KERNELS)
@@ -24,20 +24,6 @@ every_kernel = pytest.mark.parametrize("kernels", KERNELS)
 def however_dense(monkeypatch) -> None:
     """These examples are small, so a large share of their latents is active."""
     monkeypatch.setattr(msae.sae.fast.code, "DENSEST", 1.0)
-
-
-def gradients(sae: MatryoshkaSAE, loss) -> dict[str, Tensor]:
-    sae.zero_grad()
-    loss.total.backward()
-    return {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
-    """Of the same parameters, within a share of each one's largest."""
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        atol = tolerance * float(gradient.abs().max())
-        torch.testing.assert_close(actual[name], gradient, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def assert_same_step(sae: MatryoshkaSAE, x: Tensor, kernels: str, objective=DEFAULT, **options):

@@ -40,7 +40,7 @@ class Dead:
         self._number = mask.sum().to("cpu", non_blocking=True)  # pinned, if it comes from a GPU
         self._sent = torch.cuda.Event() if mask.is_cuda else None
         if self._sent is not None:
-            self._sent.record()
+            self._sent.record(torch.cuda.current_stream(mask.device))
 
     def latents(self) -> Int[Tensor, " dead"]:
         """The dead latents, ascending."""

@@ -166,7 +166,7 @@ class Screen:
 
     def __init__(self, sae: MatryoshkaSAE, x: Tensor, kernels: Plain, in_bfloat16: bool) -> None:
         self.sae, self.kernels = sae, kernels
-        self.h, self.W, self.b = sae.encoder_input(x), sae.W_enc.detach().T, sae.b_enc.detach()
+        self.h, self.b = sae.encoder_input(x), sae.b_enc.detach()
         self.norm = sae.W_dec.norm(dim=1) if sae.rescale_acts_by_decoder_norm else None
         self.factors = kernels.factors(self.h, sae.W_enc, in_bfloat16)
 
@@ -179,7 +179,7 @@ class Screen:
 
     def largest_of_each_row(self, k: int) -> TrainingCode | None:
         """The k largest positive entries of each row."""
-        return self._code(self.kernels.row_survivors(self.h, self.W, self.b, k, self.norm))
+        return self._code(self.kernels.row_survivors(*self.factors, self.b, k, self.norm))
 
     def largest(self, k: float) -> TrainingCode | None:
         """The k · batch largest positive entries."""
@@ -196,7 +196,8 @@ class Screen:
 
     def _sample(self) -> Tensor:
         """Pre-activations of a few rows of the batch."""
-        pre = torch.addmm(self.b, self.h[:: max(1, len(self.h) // SAMPLE)], self.W.T)
+        h, W = self.factors
+        pre = (h[:: max(1, len(h) // SAMPLE)] @ W.T).to(self.b).add_(self.b)
         return pre if self.norm is None else pre.mul_(self.norm)
 
     def _bars(self, count: int) -> Iterator[tuple[float, Tensor]]:

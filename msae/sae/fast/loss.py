@@ -19,7 +19,6 @@ from msae.sae.objective import (
     Objective,
     Widths,
     dense_loss,
-    paid_by_latent,
     with_terms,
 )
 from msae.sae.sparsity import Entries
@@ -147,7 +146,9 @@ def entry_terms(
         acts = sparsity.activate(pre, threshold)
         penalty = pre.new_zeros(())
         if sparsity.has_penalty:
-            paid = paid_by_latent(levels, sae.d_sae).to(pre, non_blocking=True)[code.latents]
+            # Σ w_m of the levels that a latent serves, as `paid_by_latent`, without sending d_sae numbers to the device
+            served = torch.searchsorted(constant(levels.widths, code.latents), code.latents, right=True)
+            paid = constant([*levels.weights.flip(0).cumsum(0).flip(0).tolist(), 0.0], pre)[served]
             entries = Entries(pre, acts, 1.0 if is_rescaled else norm, threshold, paid, by_row, code.batch)
             penalty = sparsity.penalty(entries, sae.k)
         coefficients = acts / norm if is_rescaled else acts
@@ -265,4 +266,5 @@ class KnownGradients(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the sparse step can be differentiated only once"
         is_one = grad.device.type == "cpu" and float(grad) == 1  # looking at it would make a GPU wait
-        return (None, None, *gradients(None if is_one else grad))
+        with torch.autocast(grad.device.type, enabled=False):
+            return (None, None, *gradients(None if is_one else grad))

@@ -136,14 +136,14 @@ class Plain:
         may be above, where memory for them is set aside.
         """
         if not bar > 0:
-            return torch.empty_like(b[:0], dtype=torch.int64), b[:0], torch.tensor(False)
+            return torch.empty_like(b[:0], dtype=torch.int64), b[:0], b.new_zeros((), dtype=torch.bool)
         flat, u = self.exceeding(h, W, b, bar.expand_as(b) if norm is None else bar / norm)
         if len(u) < count:
-            return flat, u, torch.tensor(False)
+            return flat, u, b.new_zeros((), dtype=torch.bool)
         ranked = u if norm is None else u * norm[flat % len(W)]
         kept = torch.zeros_like(u, dtype=torch.bool)
         kept.index_fill_(0, ranked.topk(count, sorted=False).indices, True)
-        return flat[kept], u[kept], torch.tensor(True)
+        return flat[kept], u[kept], b.new_ones((), dtype=torch.bool)
 
     def row_survivors(
         self, h: Inputs, W: Encoder, b: PerLatent, k: int, norm: PerLatent | None
@@ -153,12 +153,12 @@ class Plain:
         Whole rows at a time.
         """
         d_sae = len(W)
-        rows = max(1, ROWS * LATENTS * 2 // d_sae)
-        buffer = h.new_empty(min(rows, len(h)), d_sae)
+        rows = max(1, (1 << 28 if h.is_cuda else ROWS * LATENTS * 2) // d_sae)
+        buffer = b.new_empty(min(rows, len(h)), d_sae)
         flats, values = [], []
         for row in range(0, len(h), rows):
             inputs = h[row : row + rows]
-            u = torch.addmm(b, inputs, W.T, out=buffer[: len(inputs)])
+            u = self.multiply(inputs, W, b, buffer[: len(inputs)])
             ranked = u if norm is None else u * norm
             kept = ranked.topk(min(k, d_sae), dim=1, sorted=False).indices.sort(1).values
             starts = torch.arange(row, row + len(inputs), device=h.device)[:, None] * d_sae
@@ -171,6 +171,10 @@ class Plain:
             return None
         index = true_places(keep, number)
         return flat[index], u[index]
+
+    def multiply(self, h: Inputs, W: Encoder, b: PerLatent, out: Float[Tensor, "batch d_sae"]) -> Tensor:
+        """h Wᵀ + b, into `out` where that is faster."""
+        return torch.addmm(b, h, W.T, out=out)
 
     # --- the decoder --------------------------------------------------------------------------------------------------
 

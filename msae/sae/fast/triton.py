@@ -23,7 +23,7 @@ TILES: dict[torch.dtype, dict[str, int]] = {  # of the encoder, whose sums take 
     torch.bfloat16: {"ROWS": 128, "LATENTS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
 }
 COLUMNS, AT_ONCE = 256, 8  # columns of a program that gathers rows, and how many rows it loads at once
-PRODUCT, STRETCH = 1 << 26, 1024  # sums held of a product, and how many of a row a program filters
+PRODUCT, STRETCH = 1 << 26, 4096  # sums held of a product, and how many of a row a program filters
 PLACES = 1 << 32  # entries of a batch that can be told apart beside 32 bits of a value
 HAS_OUT_DTYPE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # of torch.mm, on CUDA
 CHUNK = 1024  # what a program of the optimizer takes of a parameter that has no rows to keep whole
@@ -47,6 +47,8 @@ def require(device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"model.kernels=triton expects compute capability 8.0 or more, {name} has less; {INSTEAD}")
+    if device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device():
+        raise ValueError(f"model.kernels=triton expects the current CUDA device, not {device}; set that first")
     if device.type != "cuda" and not library().INTERPRETED:
         raise ValueError(f"model.kernels=triton expects the SAE on a CUDA device, it is on {device.type}; {INSTEAD}")
 
@@ -60,7 +62,7 @@ def able(*tensors: Tensor, types: Container[torch.dtype] = (torch.float32,)) -> 
 def gathering(d: int) -> tuple[int, dict[str, int]]:
     """How many programs gather a row of d columns, and the constants of each."""
     columns = min(COLUMNS, 1 << (d - 1).bit_length())
-    return -(-d // columns), {"COLUMNS": columns, "AT_ONCE": AT_ONCE}
+    return -(-d // columns), {"COLUMNS": columns, "AT_ONCE": max(AT_ONCE, 256 // columns)}
 
 
 def launching(tensor: Tensor, whole: bool) -> tuple[tuple[int], int, dict[str, int]]:
@@ -70,29 +72,50 @@ def launching(tensor: Tensor, whole: bool) -> tuple[tuple[int], int, dict[str, i
     return (-(-tensor.numel() // d),), d, {"COLUMNS": columns, "num_warps": max(1, min(16, columns // 256))}
 
 
+def multiplied(h: Tensor, W: Tensor) -> Float[Tensor, "rows d_sae"]:
+    """h Wᵀ in float32, of factors that may be bfloat16."""
+    if h.dtype == torch.float32:
+        return h @ W.T
+    if h.is_cuda and HAS_OUT_DTYPE:
+        return torch.mm(h, W.T, out_dtype=torch.float32)
+    return h.float() @ W.float().T
+
+
+def rounds_to_tf32() -> bool:
+    """Whether PyTorch was told that products of float32 on a GPU may be rounded to TF32."""
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # newer, and not to be mixed with the older
+    return setting == "tf32" if setting is not None else torch.get_float32_matmul_precision() != "highest"
+
+
 def filtered(
-    h: Tensor, W: Tensor, b: Tensor, bar: Tensor, capacity: int, product: bool = False
+    h: Tensor,
+    W: Tensor,
+    b: Tensor,
+    bar: Tensor,
+    capacity: int,
+    product: bool = False,
+    registers: int | None = None,
 ) -> tuple[Int[Tensor, " capacity"], Float[Tensor, " capacity"], Int[Tensor, ""]]:
     """As `exceeding`, in an order of chance, then zeros; how many there are, which may be more than `capacity`.
 
-    h and W may be bfloat16: products are added up in float32 all the same. One kernel multiplies and filters; with
-    `product` PyTorch multiplies, so many rows at a time that PRODUCT sums are held, and a kernel filters these.
+    h and W may be bfloat16: products are added up in float32 all the same. One kernel multiplies and filters, with so
+    many registers a thread at most; with `product`, and of float32 that is not rounded, PyTorch multiplies, so many
+    rows at a time that PRODUCT sums are held, and a kernel filters these.
     """
     (batch, d), d_sae = h.shape, len(W)
     if library().INTERPRETED:  # which takes the bits of bfloat16 for whole numbers
         h, W = h.float(), W.float()
     flat, u = h.new_zeros(capacity, dtype=torch.int64), h.new_zeros(capacity, dtype=torch.float32)
     out = flat, u, h.new_zeros((), dtype=torch.int64)
-    if product and (h.dtype == torch.float32 or HAS_OUT_DTYPE):
+    precision = "tf32" if rounds_to_tf32() else "ieee"
+    if product or (h.dtype == torch.float32 and precision == "ieee" and not library().INTERPRETED):
         rows = max(1, PRODUCT // d_sae)
         for row in range(0, batch, rows):
-            part = h[row : row + rows]
-            sums = part @ W.T if h.dtype == torch.float32 else torch.mm(part, W.T, out_dtype=torch.float32)
-            stretches = -(-d_sae // STRETCH)
-            library().screen[len(part), stretches](sums, b, bar, *out, row, d_sae, capacity, LATENTS=STRETCH)
+            sums = multiplied(h[row : row + rows], W)
+            stretches, constants = -(-d_sae // STRETCH), {"LATENTS": STRETCH, "num_warps": 8}
+            library().screen[len(sums), stretches](sums, b, bar, *out, row, d_sae, capacity, **constants)
         return out
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    tile = TILES[h.dtype]
+    tile = TILES[h.dtype] | ({"maxnreg": registers} if registers else {})
     grid = (-(-batch // tile["ROWS"]) * -(-d_sae // tile["LATENTS"]),)
     library().survivors[grid](h, W, b, bar, *out, batch, d_sae, capacity, D=d, PRECISION=precision, **tile)
     return out
@@ -105,16 +128,19 @@ class Half(NamedTuple):
     written: tuple[int, int]
 
 
+HALVES = WeakTensorKeyDictionary()  # parameter → Half
+
+
 class Triton(Plain):
     """`Plain` in Triton; the host waits for the device once in a step, to learn whether enough was found.
 
     Two ways where only a GPU can tell which is faster: with `product` PyTorch multiplies by the encoder instead of
     one kernel that also filters; with `two_passes` each level's residuals are written before any gradient is taken.
+    `registers` bounds those of a thread of the one kernel, so that two programs share a processor.
     """
 
-    def __init__(self, product: bool = False, two_passes: bool = False) -> None:
-        self.product, self.two_passes = product, two_passes
-        self._halves = WeakTensorKeyDictionary()
+    def __init__(self, product: bool = False, two_passes: bool = False, registers: int | None = None) -> None:
+        self.product, self.two_passes, self.registers = product, two_passes, registers
 
     # --- the encoder --------------------------------------------------------------------------------------------------
 
@@ -123,16 +149,16 @@ class Triton(Plain):
         W = W_enc.detach().T
         if not (in_bfloat16 and able(h, W)):
             return h, W
-        half, written = self._halves.get(W_enc), (W_enc._version, W_enc.data_ptr())
+        half, written = HALVES.get(W_enc), (W_enc._version, W_enc.data_ptr())
         if half is None or half.written != written:
-            half = self._halves[W_enc] = Half(W.bfloat16(), written)
+            half = HALVES[W_enc] = Half(W.bfloat16(), written)
         return h.bfloat16(), half.rows
 
     def half_of(self, parameter: Tensor) -> Tensor | None:
-        half = self._halves.get(parameter)
+        half = HALVES.get(parameter)
         if half is None or half.rows.device != parameter.device:
             return None
-        self._halves[parameter] = half._replace(written=(parameter._version, parameter.data_ptr()))
+        HALVES[parameter] = half._replace(written=(parameter._version, parameter.data_ptr()))
         return half.rows
 
     def survivors(
@@ -144,7 +170,7 @@ class Triton(Plain):
             return super().survivors(h, W, b, bar, unless)
         capacity = max(1, len(h) * len(W) // 64)
         while True:
-            flat, u, count = filtered(h, W, b, bar, capacity, self.product)
+            flat, u, count = filtered(h, W, b, bar, capacity, self.product, self.registers)
             stops = ~u.isfinite().all() if unless is None else unless | ~u.isfinite().all()
             n, is_none = torch.stack([count, stops.long()]).tolist()
             if is_none:
@@ -166,13 +192,16 @@ class Triton(Plain):
         if entries > PLACES or not (able(b) and able(h, W, types=TILES)):
             return super().largest(h, W, b, bar, norm, count, capacity)
         bars = bar.expand_as(b).contiguous() if norm is None else bar / norm
-        flat, u, n = filtered(h, W, b, bars, capacity, self.product)
+        flat, u, n = filtered(h, W, b, bars, capacity, self.product, self.registers)
         ranked = u if norm is None else u * norm[flat % len(W)]
         bits = ranked.abs().view(torch.int32).long()  # of positive numbers in the order of these; NaN is the largest
         kept = ((bits << 32) | (PLACES - 1 - flat)).topk(min(count, capacity), sorted=False).indices
         places = flat[kept]
         _, order = (places.int() if entries <= 1 << 31 else places).sort()  # half as many digits
         return places[order], u[kept][order], (n >= count) & (n <= capacity)
+
+    def multiply(self, h: Tensor, W: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        return super().multiply(h, W, b, out) if h.dtype == out.dtype else multiplied(h, W).add_(b)
 
     # --- the decoder --------------------------------------------------------------------------------------------------
 

@@ -21,8 +21,9 @@ def store_survivors(sums, row, latent, b, bar, flat, values, count, batch, d_sae
     rank = tl.cumsum(keep.to(tl.int32), 1)
     of_row = tl.max(rank, 1)
     slot = (tl.cumsum(of_row, 0) - of_row)[:, None] + rank - 1
-    begin = tl.atomic_add(count, tl.sum(of_row, 0).to(tl.int64))
-    stored = keep & (slot < tl.minimum(capacity - begin, 1 << 30).to(tl.int32))
+    begin = tl.atomic_add(count, tl.sum(of_row, 0).to(tl.int64), sem="relaxed")
+    room = tl.maximum(tl.minimum(capacity - begin, 1 << 30), 0).to(tl.int32)
+    stored = keep & (slot < room)
     tl.store(flat + begin + slot, row.to(tl.int64)[:, None] * d_sae + latent[None, :], stored)
     tl.store(values + begin + slot, u, stored)
 
@@ -95,7 +96,8 @@ def screen(
     is_below = u <= tl.load(bar + latent, is_latent, 0.0)  # not >: NaN survives
     keep = ~is_below & is_latent
     rank = tl.cumsum(keep.to(tl.int32), 0)
-    begin = tl.atomic_add(count, tl.max(rank, 0).to(tl.int64))
+    number = tl.max(rank, 0).to(tl.int64)
+    begin = tl.atomic_add(count, number, mask=number > 0, sem="relaxed")
     slot = begin + rank - 1
     stored = keep & (slot < capacity)
     tl.store(flat + slot, (first + row) * d_sae + latent, stored)
@@ -106,16 +108,16 @@ def screen(
 @no_type_check
 def weighted_rows(table, index, weights, entry, end, column, inside, d, AT_ONCE: tl.constexpr):
     """Σ weights · table[index] over the entries from `entry` to `end`, in an order that only they decide."""
-    sums = tl.zeros(column.shape, tl.float32)
+    sums = tl.zeros((AT_ONCE, column.shape[0]), tl.float32)
     while entry < end:  # a range of loaded numbers fails in the interpreter of some versions
         entries = entry + tl.arange(0, AT_ONCE)
         is_entry = entries < end
         rows = tl.load(index + entries, is_entry, 0)
         weight = tl.load(weights + entries, is_entry, 0.0)
         mask = is_entry[:, None] & inside[None, :]
-        sums += tl.sum(weight[:, None] * tl.load(table + rows[:, None] * d + column[None, :], mask, 0.0), 0)
+        sums += weight[:, None] * tl.load(table + rows[:, None] * d + column[None, :], mask, 0.0)
         entry += AT_ONCE
-    return sums
+    return tl.sum(sums, 0)
 
 
 @triton.jit
