@@ -14,6 +14,7 @@ from msae.cli.command import config_dir, plain
 from msae.data.activations import Data
 from msae.data.rows import Rows
 from msae.data.stream import enough_gb, open_stream
+from msae.devices import pick_device
 from msae.evaluation.evaluate import HeldOut
 from msae.evaluation.evaluate import evaluate as measure
 from msae.explorer.inputs import Explore
@@ -41,7 +42,7 @@ class Trained:
 
     def evaluate(self, x: Tensor) -> dict[str, float]:
         """What training measures at its end, on these rows [rows, d_in]: `val/{name}/p{width}`."""
-        return measure(self.sae, HeldOut(rows_of(TensorSource(x, val_fraction=1))))
+        return measure(self.sae.to(pick_device("auto")), HeldOut(rows_of(TensorSource(x, val_fraction=1))))
 
     def explore(self, **settings: Any) -> Path:
         """Look for the hierarchy and write the page (docs/explore.md; `settings` as `python -m msae.explore` has)."""

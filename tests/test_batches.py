@@ -6,6 +6,7 @@ import os
 import re
 import threading
 import time
+import weakref
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -375,6 +376,33 @@ def test_memory_is_that_of_some_pools(make):
     assert sum(map(len, shards._free)) <= 4 * pool
     assert most["RssAnon"] - before["RssAnon"] < 12 * pool  # half of the data
     assert most["RssFile"] - before["RssFile"] < pool
+
+
+@pytest.mark.parametrize("uses_cuda", [True, False])
+def test_batches_lie_in_pinned_memory_where_cuda_is_used_and_few_at_a_time(make_pair, monkeypatch, uses_cuda):
+    """From there a copy to the GPU waits for nothing; PyTorch keeps what is freed and hands it out again."""
+    shards, target = make_pair([2000], (40,))
+    expected = list(TrainBatches(shards, 16, 60, 0, target=target))
+    alive, most, empty = [0], [0], torch.empty
+
+    def counted(*shape: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        tensor = empty(*shape, **options)
+        if pin_memory:
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+            weakref.finalize(tensor, lambda: alive.__setitem__(0, alive[0] - 1))
+        return tensor
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: uses_cuda)
+    monkeypatch.setattr(torch, "empty", counted)
+    for pair, plain in zip(TrainBatches(shards, 16, 60, 0, prefetch=4, target=target), expected, strict=True):
+        time.sleep(0.002)
+        assert all(map(torch.equal, pair, plain))
+    assert most[0] <= 2 * (4 + 3)  # those ahead, the one given and the one before it, and one that is being made
+    assert (most[0] > 0) == uses_cuda
+    most[0] = 0
+    assert len(list(ValBatches(shards, 16, target=target))) == 3
+    assert (most[0] > 0) == uses_cuda
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")

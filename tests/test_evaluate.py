@@ -22,6 +22,7 @@ from msae.runs import open_run
 from msae.sae import MatryoshkaSAE, save_sae
 from msae.sources.forest import ForestSource
 from tests.commands import ENVIRONMENT, SHORT, TREE, metrics_of
+from tests.fake_cuda import fake_cuda, waits
 from tests.tiny_lm import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -111,6 +112,15 @@ def test_a_text_run_has_its_cross_entropies_and_the_model_is_loaded_once(text, f
     assert {"val/ce/orig", "val/ce_score/p64", "val/kl_score/p64"} <= together["sae"].keys()
     assert "ce_score" in out
     assert len(loaded) == 1
+
+
+@pytest.mark.parametrize("run", ["sae", "transcoder"])
+def test_a_gpu_gives_the_same_figures(run, text, figures) -> None:
+    """Of the language model too."""
+    with fake_cuda():
+        of, *_ = figures(text, f"sae={run}", "device=cuda")
+    assert {"to cuda:0", "to cpu"} <= set(waits)
+    assert of[run] == pytest.approx(measured(text / run), rel=1e-5)
 
 
 def test_a_transcoder_finds_its_target(text, figures, refused) -> None:
@@ -269,6 +279,7 @@ MISTAKES = {
     "sae=one rows=most": "rows=most: expected half | all",
     "sae=one rows=all calibrate=true": "calibrate=true uses the first half of the rows, so rows=all would measure it",
     "sae=one out=one/config.yaml": "out=one/config.yaml is a file; give out=<directory>",
+    "sae=one device=cuda": "device=cuda, but PyTorch sees no GPU; give device=cpu",
     "sae=one raws=all": "unknown key raws; did you mean rows?",
 }
 
@@ -290,6 +301,7 @@ def mistaken(synthetic) -> Path:
 
 @pytest.mark.parametrize("arguments", MISTAKES)
 def test_a_mistake_is_one_line(arguments, mistaken, refused, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(mistaken)
     shards = next(path for path in Path("shards").iterdir())
     assert MISTAKES[arguments] in refused(evaluate, *arguments.replace("SHARDS", str(shards)).split())

@@ -31,6 +31,7 @@ from msae.runs import open_run
 from msae.sae import MatryoshkaSAE, permute, save_sae
 from msae.sources.bridge import load_bridge
 from tests.commands import ENVIRONMENT, one_line
+from tests.fake_cuda import fake_cuda, waits
 from tests.test_firings import firings_of
 from tests.test_page import latents_of, unpacked
 from tests.tiny_lm import tiny_model, tiny_tokenizer
@@ -455,12 +456,31 @@ def test_a_page_is_of_the_settings_that_were_asked_for(call, arms):
     assert core["verdict"] == hierarchy.verdict()
 
 
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+@pytest.mark.parametrize("kind", ["tree", "lm"])
+def test_a_gpu_finds_the_same_and_what_was_kept_is_of_every_device(kind, call, arms, run):
+    of, settings = (arms / "matryoshka" if kind == "tree" else run), ["tokens=900", "limits.least=5"]
+    done(call, explore, f"run={of}", *settings, "device=cpu")
+    with fake_cuda():
+        assert "made before with these settings" in done(call, explore, f"run={of}", *settings)
+        waits.clear()
+        done(call, explore, f"run={of}", *settings, "device=cuda", "out=gpu")
+        there = Inputs(Explore(run=str(of), device="cuda"))
+        assert there.sae.W_dec.is_cuda
+        assert there.load_model().W_U.is_cuda if there.vanilla is None else there.vanilla.W_dec.is_cuda
+    assert {"to cuda:0", "aten.nonzero.default", "to cpu"} <= set(waits)
+    for name in ("hierarchy/hierarchy.json", "hierarchy/firings.safetensors", "report.html"):
+        assert (Path("gpu") / name).read_bytes() == (of / name).read_bytes()
+
+
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["run=x", "device=cuda"], "device=cuda, but PyTorch sees no GPU; give device=cpu"),
+        (["run=x", "device=gpu"], "device=gpu: expected auto | cpu | cuda"),
         (["run=x", "limits.msc=0.7"], "unknown key limits.msc; did you mean limits.mcs?"),
         ([], "not set: run; give run=…"),
         (["run=x", "limits.matched=0"], "limits.matched=0: expected int ≥ 1"),
@@ -468,7 +488,8 @@ def test_a_page_is_of_the_settings_that_were_asked_for(call, arms):
         (["run=x"], "there is no directory x"),
     ],
 )
-def test_a_mistyped_key_is_one_line(arguments, said, call):
+def test_a_mistyped_key_is_one_line(arguments, said, call, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert said in refused(call, explore, *arguments)
     assert list(Path().iterdir()) == []
 

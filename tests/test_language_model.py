@@ -24,6 +24,7 @@ from msae.sources.bridge import PROBE_TOKENS, TOKENIZER, capture, load_bridge, l
 from msae.sources.int8 import quantise
 from msae.sources.language_model import LanguageModelSource
 from msae.sources.source import Source
+from tests.fake_cuda import fake_cuda, waits
 from tests.sources import made
 from tests.test_harvest import contents
 from tests.tiny_lm import close_hub, sentences, tiny_model, tiny_tokenizer
@@ -201,6 +202,43 @@ def test_batches_without_a_token_to_keep(source, tmp_path):
     assert (single.index["tokens"][1:4] == len(tokenizer) - 1).sum() > 40
     assert torch.equal(single.index["position"], eight.index["position"])
     torch.testing.assert_close(single.activations[RESID], eight.activations[RESID])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_no_row_is_read_before_it_has_arrived(device, dtype, source):
+    """On a pretended device, also where another one is the current one, and there is a stream for each."""
+    settings = {"hook_names": [NEURONS, RESID], "dtype": dtype}
+    expected = chunks_of(source(**settings))
+    with fake_cuda():
+        got = chunks_of(source(**settings, device=device))
+    where = "cuda:0" if device == "cuda" else device
+    assert set(waits) == {f"to {where}", "event"}  # at the beginning, and for a batch while the next one runs
+    for a, b in zip(expected, got, strict=True):
+        for split, part in a.splits.items():
+            there = b.splits[split]
+            for ours, theirs in ((part.activations, there.activations), (part.scales, there.scales)):
+                assert ours.keys() == theirs.keys()
+                assert all(torch.equal(ours[hook], theirs[hook]) for hook in ours)
+
+
+def test_a_model_is_used_where_it_lies_by_threads_whose_device_is_another(source):
+    """That of training may be another than the one that was current when the model was loaded."""
+    expected = chunks_of(source())
+    with fake_cuda(), pytest.MonkeyPatch.context() as patch:
+        chunks = source(device="cuda").chunks(None)
+        got = [{name: make() for name, make in next(chunks).splits.items()}]
+        patch.setattr(torch.cuda, "current_device", lambda: 1)
+        got += [{name: make() for name, make in chunk.splits.items()} for chunk in chunks]
+    for a, b in zip(expected, got, strict=True):
+        for split, part in a.splits.items():
+            assert torch.equal(part.activations[RESID], b[split].activations[RESID])
+
+
+def test_a_device_that_is_not_there_is_refused(source, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"^data\.source\.device=cuda:1, but PyTorch sees no GPU; give [^\n]*=cpu$"):
+        chunks_of(source(device="cuda:1"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

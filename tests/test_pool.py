@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from msae import evaluate, explore, train
+from msae.data import pool
 from msae.data.activations import Activations, Data
 from msae.data.batches import TrainBatches, ValBatches
 from msae.data.datamodule import ActivationData
@@ -32,6 +33,7 @@ from msae.sources.forest import ForestSource
 from msae.sources.language_model import LanguageModelSource
 from msae.sources.source import Chunk, Split
 from tests.commands import ENVIRONMENT, SHORT, one_line, only_run, same_weights, start, wait_for
+from tests.fake_cuda import fake_cuda
 from tests.sources import FakeSource
 from tests.test_harvest import contents
 from tests.tiny_lm import sentences, tiny_model
@@ -220,6 +222,22 @@ def test_transcoders_types_and_rows_on_a_device(opened, dtype, device) -> None:
         assert len({*numbers(plain)}) == len(plain) * 50
     (x, y), *_ = ValBatches(both["hook"], 50, target=both["target"])
     torch.testing.assert_close(x[:, 1:].float(), 2 / 3 * y[:, 2:].float(), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_rows_wait_on_the_gpu_of_their_rank(opened, dtype) -> None:
+    """Which is where the thread makes them too; a few rows at a time go there."""
+    expected = list(TrainBatches(opened(Rows(dtype=dtype), 3, device="cpu")["hook"], 50, 60, 0))
+    with fake_cuda(current=1) as device, pytest.MonkeyPatch.context() as patch:
+        current: list[tuple[str, int]] = []
+        patch.setattr(
+            torch.cuda, "set_device", lambda number: current.append((threading.current_thread().name, number))
+        )
+        patch.setattr(pool, "STAGED", 7)
+        got = list(TrainBatches(opened(Rows(dtype=dtype), 3, device="cuda")["hook"], 50, 60, 0))
+        assert current == [("msae-pool", 1)]
+        assert {batch.device for batch in got} == {device}
+        assert all(torch.equal(batch.cpu(), other) for batch, other in zip(got, expected, strict=True))
 
 
 def test_statistics_and_held_out_rows_are_those_of_the_first_chunks(opened, tmp_path) -> None:

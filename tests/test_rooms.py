@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "msae"
-BOTTOM = {"files", "progress", "seeds", "settings"}  # files of the top level that every room may use
+BOTTOM = {"devices", "files", "progress", "seeds", "settings"}  # files of the top level that every room may use
 MAY_IMPORT = {  # room → rooms below it
     "sae": set(),
     "sources": set(),

@@ -18,13 +18,26 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
+def moved(x: Tensor, like: Tensor) -> Tensor:
+    """x in the type and on the device of `like`: moved first, in the few bytes in which rows are kept, then converted.
+
+    From pinned memory this does not wait for the device; PyTorch keeps such memory until it has been read.
+    """
+    return x.to(like.device, non_blocking=like.is_cuda).to(like.dtype)
+
+
 def as_pair(batch: Batch, like: Tensor) -> tuple[Tensor, Tensor]:
     """(x, y) in the type and on the device of `like`; y is x itself where the batch has no target."""
     if isinstance(batch, Tensor):
-        x = batch.to(like)
+        x = moved(batch, like)
         return x, x
     x, y = batch
-    return x.to(like), y.to(like)
+    return moved(x, like), moved(y, like)
+
+
+def room_for(n: int, rows: Rows) -> Tensor:
+    """Memory for a batch [n, d_in] of rows; pinned if this process uses CUDA, since copies from it do not wait."""
+    return torch.empty(n, rows.d_in, dtype=rows.dtype, pin_memory=torch.cuda.is_initialized())
 
 
 def as_batch(rows: list[Tensor]) -> Batch:
@@ -127,8 +140,10 @@ class TrainBatches:
         batch = []
         for side, rows in enumerate(self.sides):
             parts = [stored.result()[side] for stored, _ in job]
-            device = getattr(parts[0]["activations"], "device", "cpu")
-            out = torch.empty(self.batch_tokens, rows.d_in, dtype=rows.dtype, device=device)
+            if isinstance(first := parts[0]["activations"], Tensor):
+                out = first.new_empty(self.batch_tokens, rows.d_in, dtype=rows.dtype)
+            else:
+                out = room_for(self.batch_tokens, rows)
             indices = [index for _, index in job]
             for stored, index, block in zip(parts, indices, out.split([len(i) for i in indices]), strict=True):
                 take(stored, index, block)
@@ -199,7 +214,7 @@ class ValBatches:
 
     def _batch(self, span: tuple[int, int]) -> Batch:
         start, stop = torch.tensor(span).split(1)
-        batch = [torch.empty(int(stop - start), rows.d_in, dtype=rows.dtype) for rows in self.sides]
+        batch = [room_for(int(stop - start), rows) for rows in self.sides]
         for rows, out in zip(self.sides, batch, strict=True):
             take(rows.read("val", start, stop), torch.arange(len(out)), out)
         return as_batch(batch)

@@ -26,6 +26,7 @@ from msae.data.rows import Stored, as_array
 from msae.seeds import stream as random_stream
 from msae.sources.source import Chunk, Source, Split
 
+STAGED = 16_384  # rows that are copied to a device at once
 BEGINNING: dict[str, Any] = {"turn": 0, "part": 0, "row": 0, "source": None, "chunks": None, "checksums": []}
 
 
@@ -47,16 +48,26 @@ class Kept:
 
     def __init__(self, values: Tensor, order: Tensor, device: str | None) -> None:
         self._mapped = MappedTensor(values.shape, values.dtype) if device is None else None
-        if self._mapped is None:
-            self.tensor = values.index_select(0, order).to(device)
-        else:
+        if self._mapped is not None:
             self.tensor = self._mapped.tensor
-            as_array(values).take(order.numpy(), axis=0, out=as_array(self.tensor), mode="clip")
+            take_rows(values, order, self.tensor)
+            return
+        self.tensor = torch.empty(values.shape, dtype=values.dtype, device=device)
+        # training waits for each copy, so they are small and from pinned memory
+        staged = torch.empty_like(values[:STAGED], pin_memory=self.tensor.is_cuda)
+        for some, out in zip(order.split(STAGED), self.tensor.split(STAGED), strict=True):
+            out.copy_(take_rows(values, some, staged[: len(some)]))
 
     def release(self, rows: int) -> None:
         """Give back what lies before this row."""
         if self._mapped is not None:
             self._mapped.release(rows)
+
+
+def take_rows(values: Tensor, order: Tensor, out: Tensor) -> Tensor:
+    """The rows `order` of `values`, in `out`."""
+    as_array(values).take(order.numpy(), axis=0, out=as_array(out), mode="clip")
+    return out
 
 
 class PoolFeed:
@@ -156,7 +167,9 @@ class PoolFeed:
     def ahead(self, first: int, stop: int) -> Iterator[None]:
         self._begin(first, self._state(first))
         self._halted = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(stop, self._halted), name="msae-pool", daemon=True)
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        arguments = (stop, self._halted, device)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="msae-pool", daemon=True)
         atexit.register(self.halt)
         self._thread.start()
         try:
@@ -196,8 +209,13 @@ class PoolFeed:
         self._kept: dict[int, list[dict[str, Kept]]] = {}  # chunk → shuffled rows of each hook
         self._error: BaseException | None = None
 
-    def _run(self, stop: int, halted: threading.Event) -> None:
-        """Make chunks, each when the turn before its first one is read, until the rows of `stop` batches are here."""
+    def _run(self, stop: int, halted: threading.Event, device: int | None) -> None:
+        """Make chunks, each when the turn before its first one is read, until the rows of `stop` batches are here.
+
+        On this rank's GPU, if it has one: every thread begins on the first of the machine.
+        """
+        if device is not None:
+            torch.cuda.set_device(device)
         first = self.spread.chunks(self._turn)[0]
         made = self._made(first, halted)
         try:

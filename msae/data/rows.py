@@ -132,7 +132,7 @@ def take(stored: Stored, index: Tensor, out: Tensor) -> None:
     """
     rows = stored["activations"]
     if isinstance(rows, Tensor):  # on a GPU
-        index = index.to(rows.device)
+        index = index.to(rows.device, non_blocking=True)  # what it reads from has been copied when this returns
         some = rows.index_select(0, index)
         out.copy_(some if "scales" not in stored else some * stored["scales"][index, None])
     elif "scales" not in stored:

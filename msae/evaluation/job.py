@@ -6,10 +6,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from msae.data.batches import ValBatches
 from msae.data.rows import Rows
+from msae.devices import Device, check_device, pick_device
 from msae.evaluation.evaluate import Evaluation, HeldOut, calibrate, evaluate
 from msae.evaluation.language_model import check_can_replace
 from msae.files import write, write_json
@@ -18,7 +17,7 @@ from msae.runs import Run, open_run
 from msae.sae import MatryoshkaSAE
 from msae.sae.fast import KERNELS
 from msae.settings import Count, Natural, as_plain, changed, decode, settings
-from msae.sources.bridge import load_bridge, model_identity, pick_device
+from msae.sources.bridge import load_bridge, model_identity
 from msae.sources.language_model import WEIGHTS
 
 JSON, PICTURE = "evaluation.json", "evaluation.png"
@@ -45,7 +44,7 @@ class Evaluate:
     """Held-out sequences for the cross-entropies; 0: none; null: as in the first run."""
     batch_tokens: Count | None = None
     """Rows of a batch; null: as in the first run."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where SAEs and the language model run."""
     out: str | None = None
     """Directory for evaluation.json and evaluation.png; null: print only."""
@@ -55,8 +54,7 @@ class Evaluate:
             raise ValueError(f"sae={self.sae or '[]'} names no SAE; give sae=runs/<run>")
         if self.calibrate and self.rows == "all":
             raise ValueError("calibrate=true uses the first half of the rows, so rows=all would measure it; drop one")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device=cuda, but PyTorch sees none; give device=cpu")
+        check_device(self.device)
         if self.out is not None and Path(self.out).exists() and not Path(self.out).is_dir():
             raise ValueError(f"out={self.out} is a file; give out=<directory>")
 

@@ -32,7 +32,7 @@ class ReconstructionSums:
         fired, recons = reconstruct(sae, x)
         y = (x if target is None else target).double()
         norm = y.norm(dim=1)
-        nonzero = norm > 0  # a direction and a ratio of norms exist only there
+        nonzero = norm > 0  # a direction and a ratio of norms exist only there; to index by it would make a GPU wait
         sums = self.tensors
         sums["tokens"] += len(x)
         sums["nonzero"] += nonzero.sum()
@@ -45,8 +45,9 @@ class ReconstructionSums:
             sums["error"][i] += (y - recon).square().sum()
             sums["recon_square"][i] += recon.square().sum()
             sums["product"][i] += product.sum()
-            sums["cosine"][i] += (product / (norm * recon_norm).clamp_min(1e-30))[nonzero].sum()
-            sums["norm_ratio"][i] += (recon_norm / norm)[nonzero].sum()
+            cosine = product / (norm * recon_norm).clamp_min(1e-30)
+            sums["cosine"][i] += torch.where(nonzero, cosine, 0.0).sum()
+            sums["norm_ratio"][i] += torch.where(nonzero, recon_norm / norm, 0.0).sum()
 
     def metrics(self) -> dict[str, float]:
         """Flat `name/p{width}` for every prefix.

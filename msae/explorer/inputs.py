@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from msae.data.rows import Rows
+from msae.devices import Device, check_device, pick_device
 from msae.hierarchy.extract import Asked, asked_of, check_fits
 from msae.hierarchy.limits import Limits
 from msae.runs import Run, open_run
@@ -28,6 +29,8 @@ class Explore:
     """Directory of a vanilla SAE as a control; null: an arm of the same run with one prefix, if there is one."""
     language_model: str | None = None
     """Model whose tokens are shown: a hub name or a directory; null: that of the run."""
+    device: Device = "auto"
+    """Where the SAEs and the language model run."""
     out: str | None = None
     """Directory to write to; null: that of the run."""
     seed: int = 0
@@ -36,14 +39,20 @@ class Explore:
     """Keep what fires where beside the hierarchy, 8 bytes for each activation, so that no row is encoded again."""
     limits: Limits = field(default_factory=Limits)
 
+    def __post_init__(self) -> None:
+        check_device(self.device)
+
 
 class Inputs:
-    """The SAE, its shards, a vanilla one beside it, and the words of its model, as the settings name them."""
+    """The SAE, its shards, a vanilla one beside it, and the words of its model, as the settings name them.
+
+    Both SAEs lie on the device that is asked for; what is found does not depend on it, but for rounding.
+    """
 
     def __init__(self, explore: Explore, rows: Rows | None = None) -> None:
-        self.explore = explore
+        self.explore, self.device = explore, pick_device(explore.device)
         self.run = open_run(explore.run)
-        self.sae = self.run.load_sae()
+        self.sae = self.run.load_sae().to(self.device)
         self.out = Run(explore.out) if explore.out is not None else self.run
         self.shards = self.run.rows(self.sae, explore.shards) if rows is None else rows
         check_fits(self.sae, self.shards)
@@ -74,14 +83,15 @@ class Inputs:
     def vanilla(self) -> MatryoshkaSAE | None:
         """The SAE that was given, or an arm of the same run that has one prefix, the nearest in latents."""
         if self.explore.vanilla is not None:
-            return open_run(self.explore.vanilla).load_sae()
+            return open_run(self.explore.vanilla).load_sae().to(self.device)
         if len(self.sae.prefixes) == 1 or self.run.of is None:
             return None
         names = [arm.name for arm in self.run.of.arms() if arm.error is None]
         others = [self.run.of.arm(name) for name in names if name != self.run.path.resolve().name]
         saes = [other.load_sae() for other in others if other.sae_directory.is_dir()]
         vanilla = [sae for sae in saes if len(sae.prefixes) == 1 and sae.d_in == self.sae.d_in]
-        return min(vanilla, key=lambda sae: abs(sae.d_sae - self.sae.d_sae), default=None)
+        nearest = min(vanilla, key=lambda sae: abs(sae.d_sae - self.sae.d_sae), default=None)
+        return None if nearest is None else nearest.to(self.device)
 
     def _vocabulary(self) -> list[str] | None:
         """The strings of the tokens; None without text or a model. Raises ValueError for another tokenizer."""
@@ -98,7 +108,7 @@ class Inputs:
     def load_model(self) -> Any:
         """The model as a bridge."""
         assert self.model is not None, "words without a model"
-        return load_bridge(self.model, revision=self.revision, tokenizer=self.tokenizer)
+        return load_bridge(self.model, device=str(self.device), revision=self.revision, tokenizer=self.tokenizer)
 
 
 def words(tokenizer: Any) -> list[str]:

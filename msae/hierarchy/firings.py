@@ -10,12 +10,14 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from msae.data.batches import moved
 from msae.data.rows import Rows
 from msae.progress import progress
 from msae.sae import MatryoshkaSAE, SparseCode, encode_sparse
 
 BATCH = 8192  # rows read at once
-BLOCK = 2**24  # activations that are held densely at once
+BLOCK = 2**24  # activations that are held densely at once, so that they stay in a CPU's cache
+BLOCK_OF_GPU = 2**26  # the same where each block makes the host wait
 Array = np.ndarray[Any, Any]
 
 
@@ -69,7 +71,7 @@ class Readable(Protocol):
 
 
 class FirstRows:
-    """About `tokens` rows of shards (None: all), held-out ones first, in batches [≤ BATCH, d_in] of float32.
+    """About `tokens` rows of shards (None: all), held-out ones first, in batches [≤ BATCH, d_in] as `Rows.dtype`.
 
     BOS, padding and special tokens are not among them: the harvest left them out. Raises ValueError in one line if
     there are no rows.
@@ -90,7 +92,7 @@ class FirstRows:
                 rows = self.shards.activations(piece.split, piece.shard)
                 for start in range(0, piece.rows, BATCH):
                     taken = slice(start, min(start + BATCH, piece.rows))
-                    x = (rows[taken] if piece.index is None else rows[piece.index[taken]]).float()
+                    x = rows[taken] if piece.index is None else rows[piece.index[taken]]
                     yield x
                     bar.update(len(x))
 
@@ -99,12 +101,13 @@ class FirstRows:
 def latent_codes(sae: MatryoshkaSAE, x: Tensor) -> SparseCode:
     """activation · ‖W_dec row‖ of the latents active at inference, in raw units, on the CPU.
 
-    Encodes rows [rows, d_in], so many at once that `BLOCK` activations are dense. Latents are int32.
+    Encodes rows [rows, d_in] where the SAE is, so many at once that `BLOCK` activations are dense. Latents are int32.
     """
     norm = torch.as_tensor(sae.contribution_norm() / sae.target_scale).expand(sae.d_sae)
+    block = BLOCK_OF_GPU if norm.is_cuda else BLOCK
     parts = []
-    for some in x.split(max(1, BLOCK // sae.d_sae)):
-        code = encode_sparse(sae, some.to(sae.W_dec))
+    for some in x.split(max(1, block // sae.d_sae)):
+        code = encode_sparse(sae, moved(some, sae.W_dec))
         acts = (code.acts * norm[code.latents]).float()
         parts.append(SparseCode(code.offsets.cpu(), code.latents.int().cpu(), acts.cpu(), sae.d_sae))
     return SparseCode.cat(parts)

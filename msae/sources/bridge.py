@@ -11,19 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from msae.devices import pick_device
 from msae.sources.text import content_hash, first_line, hub_reachable, looks_local
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 DTYPES: dict[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "added_tokens.json", "special_tokens_map.json")
 PROBE_TOKENS = 7  # few, and not a usual number of heads, so that [batch, head, …] is not taken for [batch, pos, …]
-
-
-def pick_device(device: str) -> torch.device:
-    """The device of a name; `auto` is CUDA if there is one, otherwise the CPU."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
 
 
 def model_identity(model: str, revision: str | None, patterns: tuple[str, ...]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from msae.devices import check_device, pick_device
 from msae.seeds import stream
 from msae.settings import Count, Natural, as_plain, settings
 from msae.sources.bridge import (
@@ -24,7 +25,6 @@ from msae.sources.bridge import (
     load_bridge,
     load_tokenizer,
     model_identity,
-    pick_device,
 )
 from msae.sources.int8 import quantise
 from msae.sources.source import Chunk, Split
@@ -206,9 +206,11 @@ class LanguageModelSource:
 
     def load_model(self, device: str | None = None) -> Any:
         """The model as a bridge, on its own device or another. Raises ValueError in one line."""
+        device = device or self.device
+        check_device(device, "data.source.device")
         return load_bridge(
             self.model,
-            device=device or self.device,
+            device=device,
             dtype=self.model_dtype,
             compatibility_mode=self.compatibility_mode,
             revision=self.revision,
@@ -302,7 +304,7 @@ class Computed:
             extremes = torch.stack(rows.aminmax())
             self._values[hook] = [t.to("cpu", non_blocking=index.is_cuda) for t in (extremes, *stored)]  # pinned
         if self._event is not None:
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(index.device))  # not that of the current device
 
     def arrived(self) -> dict[str, list[Tensor]]:
         """Hook → least and greatest value [2], rows [kept, d_in], and scales [kept] if int8; waits for the copies."""
