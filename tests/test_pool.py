@@ -382,6 +382,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(call, signum) -> No
 def test_what_was_streamed_is_evaluated_and_explored_without_a_shard(call) -> None:
     """The held-out rows are made again; a config from elsewhere calls nothing but a source of msae."""
     assert call(train, *STREAMED, "run_dir=run")[0] == 0
+    config = Path("run/config.yaml")
+    on_gpu = config.read_text().replace("  memory_gb:", "  memory_device: cuda\n  memory_gb:")  # of another machine
+    config.write_text(on_gpu)
     code, _, err = call(evaluate, "sae=run", "out=out")
     assert code == 0, err
     (of_sae,) = json.loads(Path("out/evaluation.json").read_text())["saes"].values()
@@ -391,8 +394,8 @@ def test_what_was_streamed_is_evaluated_and_explored_without_a_shard(call) -> No
     assert code == 0, err
     assert Path("run/report.html").is_file()
     assert not Path("shards").exists()
-    config = Path("run/config.yaml")
     text = config.read_text()
+    assert "memory_device: cuda" in text
     config.write_text(text.replace("rows: 8000", "rows: 7999"))
     code, _, err = call(evaluate, "sae=run")
     assert code == 1

@@ -192,7 +192,11 @@ class Run:
                 f"{self} streamed its rows from {source}, which a run's word is not enough to call; harvest them with "
                 "python -m msae.harvest and give shards=<the directory>"
             )
-        data = decode(Data, self.config["data"], "data")
+        # where rows waited and the model ran decides nothing, and that machine may have had a GPU
+        settings = {**self.config["data"], "memory_device": None}
+        if "device" in settings["source"]:
+            settings["source"] = {**settings["source"], "device": "auto"}
+        data = decode(Data, settings, "data")
         if identity_hash(data.source.identity(data.hook)) != identity:
             raise ValueError(
                 f"the text or the model that {self} streamed its rows from has changed since; "

@@ -240,10 +240,11 @@ class MatryoshkaSAE(nn.Module):
         the loss is the FVU. centred: that, and μ = E x (else μ = 0).
         Raises ValueError if the activations never vary or are all zero.
         """
+        mean = mean.to(self.mean.device)
         self._normalise(self.scale, self.mean, mean, mean_square, normalise)
         if self.is_transcoder:
             assert target is not None, "a transcoder needs the statistics of its target"
-            mean, mean_square = target
+            mean, mean_square = target[0].to(self.mean.device), target[1]
             self._normalise(self.target_scale, self.target_mean, mean, mean_square, normalise)
         self.b_dec.copy_(self.normalise_target(mean))
 

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 from msae.sae.auxk import AuxK, Dead, auxk_loss
+from msae.sae.constant import constant
 from msae.sae.model import MatryoshkaSAE
 from msae.sae.sparsity import Entries
 from msae.settings import NonNegative, settings
@@ -48,7 +49,7 @@ def dense_loss(
 ) -> Loss:
     """L before `with_terms`, for y' and what is active; `dead` latents take part in AuxK, `sparsity_weight` is λ."""
     errors, recons = squared_errors(sae, code, y, levels, objective)
-    total = errors.sum() if levels.every else (levels.weights.to(errors) * errors).sum()
+    total = errors.sum() if levels.every else (constant(levels.weights.tolist(), errors) * errors).sum()
 
     aux = total.new_zeros(())
     if dead is not None and objective.aux.coefficient > 0:
@@ -204,18 +205,17 @@ class DenseCode(NamedTuple):
 
 def entries(sae: MatryoshkaSAE, code: DenseCode, levels: Levels) -> Entries:
     """Every entry of a dense code, for a penalty."""
-    paid = paid_by_latent(levels, sae.d_sae).to(code.acts)
+    paid = paid_by(levels, torch.arange(sae.d_sae, device=code.acts.device), code.acts)
     threshold = sae.threshold.to(code.pre.dtype)
     return Entries(
         code.pre, code.acts, sae.contribution_norm(), threshold, paid, lambda values: values.sum(-1), len(code.acts)
     )
 
 
-def paid_by_latent(levels: Levels, d_sae: int) -> Float[Tensor, " d_sae"]:
-    """Σ_m w_m of the levels m that a latent serves: latent j is in every level wider than j."""
-    ends = torch.tensor(levels.widths, device=levels.weights.device)
-    at_ends = levels.weights.new_zeros(d_sae + 1).index_add_(0, ends, levels.weights)
-    return at_ends[1:].flip(0).cumsum(0).flip(0)
+def paid_by(levels: Levels, latents: Int[Tensor, " n"], like: Tensor) -> Float[Tensor, " n"]:
+    """Σ_m w_m of the levels m that each of these latents serves: latent j is in every level wider than j."""
+    from_here_on = [*levels.weights.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+    return constant(from_here_on, like)[torch.searchsorted(constant(levels.widths, latents), latents, right=True)]
 
 
 # --- every width at once ----------------------------------------------------------------------------------------------

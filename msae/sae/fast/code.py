@@ -1,6 +1,5 @@
 """Sparse codes, and how a batch is encoded into one by work that is sparse in all but the encoder's product."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from msae.sae.constant import constant
 from msae.sae.fast import KERNELS, PLAIN, choose_kernels
 from msae.sae.fast.plain import Decoding, Plain, sums_by_bin
 from msae.sae.model import MatryoshkaSAE
@@ -103,17 +103,6 @@ class TrainingCode(SparseCode):
     h: Float[Tensor, "batch d_in"]
     kernels: Plain
     in_bfloat16: bool = False
-
-
-def constant(numbers: Sequence[float], like: Tensor) -> Tensor:
-    """A few numbers of the host in the type and on the device of a tensor; sent there once, if they recur."""
-    return _constant(tuple(numbers), like.dtype, like.device)
-
-
-@functools.lru_cache(64)
-def _constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # training may meet what validation has made
-        return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------

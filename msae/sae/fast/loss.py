@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from msae.sae.auxk import AuxK, Dead, auxk_level, per_energy
-from msae.sae.fast.code import TrainingCode, constant, decoding, encode_for_training
+from msae.sae.constant import constant
+from msae.sae.fast.code import TrainingCode, decoding, encode_for_training
 from msae.sae.fast.plain import Decoded, Weights
 from msae.sae.model import MatryoshkaSAE
 from msae.sae.objective import (
@@ -19,6 +20,7 @@ from msae.sae.objective import (
     Objective,
     Widths,
     dense_loss,
+    paid_by,
     with_terms,
 )
 from msae.sae.sparsity import Entries
@@ -146,9 +148,7 @@ def entry_terms(
         acts = sparsity.activate(pre, threshold)
         penalty = pre.new_zeros(())
         if sparsity.has_penalty:
-            # Σ w_m of the levels that a latent serves, as `paid_by_latent`, without sending d_sae numbers to the device
-            served = torch.searchsorted(constant(levels.widths, code.latents), code.latents, right=True)
-            paid = constant([*levels.weights.flip(0).cumsum(0).flip(0).tolist(), 0.0], pre)[served]
+            paid = paid_by(levels, code.latents, pre)
             entries = Entries(pre, acts, 1.0 if is_rescaled else norm, threshold, paid, by_row, code.batch)
             penalty = sparsity.penalty(entries, sae.k)
         coefficients = acts / norm if is_rescaled else acts
