@@ -166,6 +166,16 @@ def test_half_precision_of_autocast_is_of_the_encoder_and_of_auxk() -> None:
     assert all(torch.equal(without_dead[0][name], gradient) for name, gradient in without_dead[1].items())
 
 
+def test_a_batch_of_more_entries_than_can_be_told_apart_is_left_to_plain(monkeypatch) -> None:
+    sae, x = tall("triton")
+    codes = []
+    for places in (triton.PLACES, 10):
+        monkeypatch.setattr(triton, "PLACES", places)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            codes.append(sparse_encode(sae, x, "triton").dense())
+    assert_close(*codes)
+
+
 # --- the copy of W_enc in bfloat16 ------------------------------------------------------------------------------------
 
 

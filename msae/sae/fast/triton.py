@@ -190,7 +190,7 @@ class Triton(Plain):
         """
         entries = len(h) * len(W)
         if entries > PLACES or not (able(b) and able(h, W, types=TILES)):
-            return super().largest(h, W, b, bar, norm, count, capacity)
+            return super().largest(h.to(b.dtype), W.to(b.dtype), b, bar, norm, count, capacity)
         bars = bar.expand_as(b).contiguous() if norm is None else bar / norm
         flat, u, n = filtered(h, W, b, bars, capacity, self.product, self.registers)
         ranked = u if norm is None else u * norm[flat % len(W)]
