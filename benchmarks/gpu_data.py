@@ -60,7 +60,8 @@ def loop(scale: Scale, report: Report) -> None:
     """A whole run's rate as a share of the bare step's: benchmarks/loop.py.
 
     On a card GPT-2's width (768), 24,576 latents, batch 4096; dense and Triton, in float32 and in bf16-mixed. `share`:
-    with bar, logs and reader; `share_of_all`: with a checkpoint every 1000 steps and validation every 2000 too.
+    with progress bar, logs and reader, the median of the rounds' ratios; `share_of_all`: with a checkpoint every 1000
+    steps and validation every 2000 too. What is checked is that these kernels ran.
     """
     from loop import Sizes, measure
 

@@ -145,7 +145,7 @@ def runs(scale: Scale, report: Report) -> None:
         reference = metrics(these.run("cpu"))
         report.row("run on the CPU", kernels=these.kernels("cpu"), fvu=widest_fvu(reference), **of_time(reference))
         for name, process in of_device.items():
-            what = f"run on the device, {name}"
+            what = scale.pick(f"run on the device, {name}", f"run on the CPU again, {name}")
             with tried(report, what):
                 these.finish(name, process, report.left() - 2)
                 own = metrics(these.run(name))
@@ -192,7 +192,7 @@ def compared(own: dict[str, float], other: dict[str, float]) -> tuple[bool, dict
     )
     figures: dict[str, Any] = {"compared": len(keys - missing)}
     for kind, (value, key) in largest.items():
-        figures |= {f"largest_{kind}": value} | ({f"of_{kind}": key} if value else {})
+        figures |= {f"largest_{kind}": value} | ({f"largest_{kind}_at": key} if value else {})
     return is_same, figures | ({"not_in_both": sorted(missing)} if missing else {})
 
 

@@ -58,7 +58,10 @@ def exactness(scale: Scale, report: Report) -> None:
     real = ["tests/test_real_sizes.py", *scale.pick([], ["-k", "one_pass and none or optimizer"])]
     rest = ["tests/test_triton.py", "tests/test_sparse.py", "tests/test_adam.py"]
     rest += ["-k", "(triton or optimizer or update) and not compiles_for_gpus"]
-    for name, tests in {"at real sizes": real, **({} if scale.is_tiny else {"of every variant": rest})}.items():
+    sets = {scale.pick("at real sizes", "at tiny sizes, in Triton's interpreter"): real}
+    if not scale.is_tiny:
+        sets["of every variant"] = rest
+    for name, tests in sets.items():
         try:
             passed, failed, skipped = tests_of(tests, scale, report.left() - 3)
         except subprocess.TimeoutExpired:
@@ -100,11 +103,12 @@ def tests_of(tests: list[str], scale: Scale, seconds: float) -> tuple[int, list[
 def steps(scale: Scale, report: Report) -> None:
     """The step: dense, Triton and its variants, SAELens and sparsify where they are installed, beside the floor.
 
-    On a card d_in 768 and 2304, d_sae 24,576 and 65,536, batch 4096, 8192 and 16,384, k 32, 5 prefixes, autocast to
-    bfloat16; the first of these sizes in float32 too. ms is the median of three rounds of steps that nobody waits for
-    one by one. The floor is the encoder's product at the measured bf16 rate, and 28 bytes of each parameter (Adam reads
-    and writes weights and averages, and reads gradients) at the measured bandwidth. GiB: most memory of a step,
-    weights, gradients and Adam included.
+    On a card every combination of d_in 768 and 2304, d_sae 24,576 and 65,536, batch 4096, 8192 and 16,384; k 32, 5
+    prefixes, autocast to bfloat16; the first of these sizes in float32 too. ms is the median of three rounds of steps
+    that nobody waits for one by one. The floor is the encoder's product alone, at the rate measured in that precision,
+    and 28 bytes of each parameter (Adam reads and writes weights and averages, and reads gradients) at the measured
+    bandwidth; no step reaches it. `as_fast_as_dense` 3: a third of the time. GiB: most memory of a step, weights,
+    gradients and Adam included.
     """
     bandwidth = measured_bandwidth(scale)
     report.row("copy of a large tensor", GB_per_s=bandwidth / 1e9)
@@ -161,8 +165,8 @@ def one_size(
             f"{size}: {name}",
             ms=time_of_step * 1e3,
             rows_per_s=batch / time_of_step,
-            of_floor=floor / time_of_step,
-            **({"times_dense": dense / time_of_step} if dense else {}),
+            share_of_floor=floor / time_of_step,
+            **({"as_fast_as_dense": dense / time_of_step} if dense else {}),
             **({} if scale.is_tiny else {"GiB": (torch.cuda.max_memory_allocated() - before) / GIB}),
             method=name,
             **sizes,
@@ -269,8 +273,9 @@ def release() -> None:
 def compiled(scale: Scale, report: Report) -> None:
     """torch.compile of the dense step, and a CUDA graph of the sparse one, as far as they run.
 
-    On a card at 768 × 24,576, batch 4096. The graph leaves out the one question of the step: whether enough entries
-    were above the bar; it is asked afterwards. On a CPU nothing is compiled nor captured: the same functions run.
+    On a card at 768 × 24,576, batch 4096. The graph leaves out the one question of the step, whether enough entries
+    exceeded the threshold of the filter; that is asked afterwards, and losses must be those without a graph within
+    10⁻⁵. On a CPU nothing is compiled nor captured: the same functions run.
     """
     d_in, d_sae = scale.pick(WIDTHS, TINY_WIDTHS)[0]
     start = start_of(scale, d_in, d_sae, scale.pick(BATCHES, TINY_BATCHES)[0])
@@ -287,7 +292,8 @@ def compiled(scale: Scale, report: Report) -> None:
         of_dense = copy.deepcopy(step)
         of_dense.loss = torch.compile(of_dense.loss, backend="eager" if scale.is_tiny else "inductor")  # type: ignore
         milliseconds = 1e3 * seconds(scale, ours(scale, of_dense, "dense", start.x), count)
-        report.row("dense step, its loss by torch.compile", ms=milliseconds)
+        compiled_or_not = scale.pick("its loss by torch.compile", "traced but not compiled here")
+        report.row(f"dense step, {compiled_or_not}", ms=milliseconds)
     except Exception as error:
         report.row("dense step, its loss by torch.compile", error=first_line(error))
 
@@ -320,7 +326,7 @@ def captured(scale: Scale, report: Report, step: TrainingStep, x: torch.Tensor, 
         losses = [(float(replay()), float(reference())) for _ in range(scale.pick(3, 1))]
         largest = max(abs(a - b) for a, b in losses)
         report.row(
-            "sparse step in a CUDA graph",
+            scale.pick("sparse step in a CUDA graph", "sparse step, not captured here"),
             ok=largest <= 1e-5 * abs(losses[0][1]) and all(bool(e) for e in enough),
             ms=1e3 * seconds(scale, replay, count),
             largest_difference_of_loss=largest,
@@ -354,7 +360,8 @@ def first_line(error: Exception) -> str:
 def profile(scale: Scale, report: Report) -> None:
     """A profile of ten sparse steps, as a chrome trace beside the figures, and its longest operations.
 
-    On a card at 768 × 24,576, batch 4096. `busy`: share of the time in which the device computes.
+    On a card at 768 × 24,576, batch 4096. `busy`: share of the time in which the device computes. ms and calls are
+    those of one step.
     """
     d_in, d_sae = scale.pick(WIDTHS, TINY_WIDTHS)[0]
     start = start_of(scale, d_in, d_sae, scale.pick(BATCHES, TINY_BATCHES)[0])
