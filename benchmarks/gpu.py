@@ -246,8 +246,11 @@ def adopt(out: Path) -> None:
 
     Exits with one line unless the kernels were exact there and steps were timed.
     """
-    results = json.loads(out.read_text())
-    machine, parts = results["machine"], results["parts"]
+    try:
+        results = json.loads(out.read_text())
+        machine, parts = results["machine"], results["parts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        sys.exit(f"--adopt {out}: expected a file that --out wrote; python benchmarks/gpu.py --out {out}")
     if machine["device"] != "cuda":
         sys.exit(f"--adopt {out}: it was made with --device cpu; nothing was measured")
     if parts.get("exactness", {}).get("outcome") != "ok":

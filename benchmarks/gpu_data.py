@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import Report, Scale
+from report import Report, Scale, first_line
 from torch import Tensor
 
 GPT2, TINY_WIDTH = 768, 64
@@ -49,8 +49,7 @@ def tried(report: Report, name: str) -> Iterator[None]:
     except ModuleNotFoundError:
         raise
     except Exception as error:
-        first = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        report.row(name, ok=False, error=first[:300])
+        report.row(name, ok=False, error=first_line(error))
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------

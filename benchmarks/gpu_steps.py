@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from peers import steps as peers
 from peers.steps import DEAD_AFTER_TOKENS, Settings, Start
-from report import Report, Scale
+from report import Report, Scale, first_line
 
 from msae.sae.fast import KERNELS
 from msae.sae.fast.code import ROOM, Screen, TrainingCode
@@ -347,11 +347,6 @@ def unasked(enough: list[torch.Tensor]) -> Iterator[None]:
 
     with patch.object(Screen, "largest", largest):
         yield
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
 
 
 # --- inside -------------------------------------------------------------------------------------------------------

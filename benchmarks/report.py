@@ -48,6 +48,11 @@ class Scale(NamedTuple):
             torch.cuda.synchronize()
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
+
+
 def line(row: dict[str, Any]) -> str:
     """A row as it is printed."""
     mark = {True: "ok   ", False: "FAILS", None: "     "}[row.get("ok")]

@@ -82,6 +82,14 @@ def test_what_proves_nothing_is_not_adopted(gpu, how, why, tmp_path) -> None:
     assert json.loads(gpu.MEASURED.read_text()) == []
 
 
+@pytest.mark.parametrize("text", [None, "{}", "no json", "[1]"])
+def test_what_is_no_file_of_ours_is_one_line(gpu, text, tmp_path) -> None:
+    if text is not None:
+        (tmp_path / "gpu.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"^--adopt [^\n]*gpu\.json: expected a file that --out wrote; [^\n]*$"):
+        gpu.adopt(tmp_path / "gpu.json")
+
+
 def test_every_part_says_what_it_does(gpu) -> None:
     for part in gpu.PARTS:
         assert "On a card" in gpu.what(part), part

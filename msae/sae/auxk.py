@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from msae.sae.model import MatryoshkaSAE
+from msae.sae.no_wait import true_places
 from msae.settings import Count, NonNegative, settings
 
 
@@ -45,9 +46,9 @@ class Dead:
     def latents(self) -> Int[Tensor, " dead"]:
         """The dead latents, ascending."""
         if self._sent is None:
-            return self.mask.nonzero().squeeze(1)
+            return true_places(self.mask, None)
         self._sent.synchronize()
-        return self.mask.to(torch.uint8).argsort(descending=True, stable=True)[: int(self._number)]
+        return true_places(self.mask, int(self._number))
 
     def groups(self, widths: Sequence[int]) -> list[Int[Tensor, " dead"]]:
         """The dead latents of the group that ends at each of these cumulative widths."""

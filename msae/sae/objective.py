@@ -17,8 +17,8 @@ from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 from msae.sae.auxk import AuxK, Dead, auxk_loss
-from msae.sae.constant import constant
 from msae.sae.model import MatryoshkaSAE
+from msae.sae.no_wait import constant
 from msae.sae.sparsity import Entries
 from msae.settings import NonNegative, settings
 

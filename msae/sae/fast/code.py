@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from msae.sae.constant import constant
 from msae.sae.fast import KERNELS, PLAIN, choose_kernels
 from msae.sae.fast.plain import Decoding, Plain, sums_by_bin
 from msae.sae.model import MatryoshkaSAE
+from msae.sae.no_wait import constant
 from msae.sae.objective import Code, DenseCode
 
 AT_ONCE = 1 << 24  # entries that are added up at once

@@ -8,10 +8,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from msae.sae.auxk import AuxK, Dead, auxk_level, per_energy
-from msae.sae.constant import constant
 from msae.sae.fast.code import TrainingCode, decoding, encode_for_training
 from msae.sae.fast.plain import Decoded, Weights
 from msae.sae.model import MatryoshkaSAE
+from msae.sae.no_wait import constant
 from msae.sae.objective import (
     Code,
     DenseCode,

@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from msae.sae.no_wait import true_places
+
 ROWS, LATENTS = 2048, 1024  # of a tile: 8 MB of float32, which stays in cache between the product and the filter
 
 Inputs = Float[Tensor, "batch d_in"]
@@ -169,7 +171,7 @@ class Plain:
         number, is_finite = torch.stack([keep.sum(), (u.isfinite() | ~keep).all()]).tolist()
         if not is_finite:
             return None
-        index = true_places(keep, number)
+        index = true_places(keep, number if keep.is_cuda else None)
         return flat[index], u[index]
 
     def multiply(self, h: Inputs, W: Encoder, b: PerLatent, out: Float[Tensor, "batch d_sae"]) -> Tensor:
@@ -313,10 +315,3 @@ def sums_by_bin(bins: Indices, values: Tensor, count: int) -> Tensor:
     if values.device.type == "cpu" or not values.is_floating_point():
         return total.index_add_(0, bins, values)
     return total.index_put_((bins,), values, accumulate=True)
-
-
-def true_places(flags: Bool[Tensor, " n"], number: int) -> Int[Tensor, " number"]:
-    """Where flags are true, ascending; `number` of them are, so that the host need not wait to learn it."""
-    if flags.device.type == "cpu":
-        return flags.nonzero().squeeze(1)
-    return flags.to(torch.uint8).argsort(descending=True, stable=True)[:number]

@@ -134,7 +134,7 @@ HALVES = WeakTensorKeyDictionary()  # parameter → Half
 class Triton(Plain):
     """`Plain` in Triton; the host waits for the device once in a step, to learn whether enough was found.
 
-    Two ways where only a GPU can tell which is faster: with `product` PyTorch multiplies by the encoder instead of
+    Ways of which only a GPU can tell the fastest: with `product` PyTorch multiplies by the encoder instead of
     one kernel that also filters; with `two_passes` each level's residuals are written before any gradient is taken.
     `registers` bounds those of a thread of the one kernel, so that two programs share a processor.
     """
